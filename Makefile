@@ -1,0 +1,22 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: study test lab clean
+
+study: .venv/installed  ## the main job on the embedded tiny model: figures in runs/study/index.html
+	$(BIN)/rspo-lab study
+
+test: .venv/installed  ## lint and tests
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+lab: .venv/installed  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[test]
+	touch $@
+
+clean:  ## everything but the sources and runs/
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

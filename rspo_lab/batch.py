@@ -1,0 +1,39 @@
+"""A batch of prompts and completions, the one value that rollouts make and estimators score.
+
+Shapes: B sequences, P prompt tokens (left-padded), L completion tokens.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids with what is text and what is padding.
+
+    `valid` marks the completion tokens up to and including the first end-of-text; only these are ever hidden or scored,
+    the others stay visible as they are.  `prompt_valid` is False on left padding, which no position attends to.
+    """
+
+    prompt: Int[Tensor, "B P"]
+    prompt_valid: Bool[Tensor, "B P"]
+    completion: Int[Tensor, "B L"]
+    valid: Bool[Tensor, "B L"]
+
+    def __len__(self) -> int:
+        return self.completion.shape[0]
+
+    def rows(self, index) -> "Batch":
+        """The rows `index` (ids, a slice, or a bool mask) as a batch of its own."""
+        return Batch(self.prompt[index], self.prompt_valid[index], self.completion[index], self.valid[index])
+
+    def to(self, device) -> "Batch":
+        return Batch(*(t.to(device) for t in (self.prompt, self.prompt_valid, self.completion, self.valid)))
+
+
+def valid_until_end(completion: Int[Tensor, "B L"], end_id: int | None) -> Bool[Tensor, "B L"]:
+    """True up to and including the first `end_id` of each row; all True where the row has none (or `end_id` is None)."""
+    ended = (completion == (-1 if end_id is None else end_id)).long()
+    return (ended.cumsum(1) - ended) == 0

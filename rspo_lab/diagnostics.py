@@ -1,0 +1,101 @@
+"""What to watch in relative-score training: gap to the target, calibration, mask noise, intervals.
+
+Shapes: R replicates, B sequences.  Log-ratios in nats, in the unit that `lam` was chosen for.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def gap_summary(d: Float[Tensor, "R B"], advantage: Float[Tensor, "B"], lam: float) -> dict[str, float | None]:
+    """One training step's estimate against its target; None where a quantity is not defined (lam = 0, R = 1, no spread).
+
+    d_mean: mean estimate of log pi/pi_ref.  On-policy its true counterpart, the KL to the reference, is >= 0, so a
+        negative one beyond the noise says that the ELBO's gap to the likelihood has grown.
+    target_rms, gap_*: A/lam, and A/lam - d_hat with d_hat the estimate centred over the batch.
+    target_correlation: of A/lam with d_hat.   calibration_ratio: lam sd(d_hat) / sd(A); far below 1, lam does nothing.
+    mask_sd: standard deviation of one replicate of d around its sequence's mean.
+    reliability: share of the variance of the estimate that is not mask noise, 1 - mask_sd^2/R / Var(d_hat).
+    """
+    d, advantage = d.double(), advantage.double()
+    estimate = d.mean(0)
+    d_hat = estimate - estimate.mean()
+    spread = estimate.std(correction=1).item()
+    record = {
+        "d_mean": estimate.mean().item(),
+        "d_sd": spread,
+        "calibration_ratio": _ratio(lam * spread, advantage.std().item()),
+        "target_correlation": correlation(d_hat, advantage),
+        "mask_sd": None,
+        "reliability": None,
+        "target_rms": None,
+    } | {f"gap_{k}": None for k in ("mean", "rms", "q05", "q50", "q95")}
+    if len(d) > 1:
+        noise = d.var(0, correction=1).mean().item()
+        record |= {"mask_sd": math.sqrt(noise), "reliability": None if spread == 0 else 1 - noise / len(d) / spread**2}
+    if lam > 0:
+        gap = advantage / lam - d_hat
+        quantiles = gap.quantile(gap.new_tensor([0.05, 0.5, 0.95])).tolist()
+        record |= dict(zip(("gap_q05", "gap_q50", "gap_q95"), quantiles))
+        record |= {"target_rms": _rms(advantage / lam), "gap_mean": gap.mean().item(), "gap_rms": _rms(gap)}
+    return record
+
+
+def correlation(a: Float[Tensor, "B"], b: Float[Tensor, "B"]) -> float | None:
+    """Pearson's, or None where one of them does not vary."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    return _ratio((a * b).sum().item(), (a.norm() * b.norm()).item())
+
+
+def calibration_line(estimate: Float[Tensor, "B"], exact: Float[Tensor, "B"]) -> tuple[float, float]:
+    """(slope, intercept) of the least-squares line exact = slope * estimate + intercept; slope 1 is calibrated.
+
+    With unbiased noisy estimates the slope is their reliability, signal variance over signal + noise.
+    """
+    e = estimate.double() - estimate.double().mean()
+    slope = ((e * exact.double()).sum() / (e * e).sum()).item()
+    return slope, exact.double().mean().item() - slope * estimate.double().mean().item()
+
+
+def mean_interval(values: list[float]) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % Student interval of a mean over n >= 2 independent seeds."""
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"an interval over seeds needs at least 2 of them, not {n}")
+    mean = sum(values) / n
+    half = _student(n - 1) * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return mean, mean - half, mean + half
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion."""
+    z, p = 1.959963984540054, correct / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def variance_se(samples: Float[Tensor, "n ..."]) -> tuple[Tensor, Tensor]:
+    """(unbiased variance, its standard error) over the first axis, from the fourth central moment."""
+    n = len(samples)
+    centred = samples - samples.mean(0)
+    variance = centred.square().sum(0) / (n - 1)
+    fourth = centred.pow(4).mean(0)
+    return variance, ((fourth - variance.square() * (n - 3) / (n - 1)).clamp(min=0) / n).sqrt()
+
+
+def _student(df: int) -> float:
+    """97.5 % quantile of Student's t (tabulated; the normal one from 30 on)."""
+    table = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+             2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045]  # fmt: skip
+    return table[df - 1] if df <= len(table) else 1.96
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return None if b == 0 else a / b

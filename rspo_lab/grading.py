@@ -1,0 +1,125 @@
+"""Grades of completion files: how many a model got right, with a 95 % interval and the reasons for the rest.
+
+A file is jsonl with `question`, `completion` (in d1's style: the answer between <answer> tags) and `ground_truth` (countdown
+[numbers, target]; sudoku the 16-digit solution, its puzzle the 16 digits in `question`).  Accuracies and bounds are shares in [0, 1].
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rspo_lab.tasks import countdown, sudoku
+from rspo_lab.tasks import task as task_named
+from rspo_lab.tasks.lines import field, objects
+from rspo_lab.tasks.verdict import PROTOCOLS, Verdict, one_of
+
+Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal
+
+
+@dataclass(frozen=True)
+class Grade:
+    """`correct` of `total` items (n of them), or of blank cells for sudoku under d1; `failures` counts items by kind."""
+
+    task: str
+    protocol: str
+    n: int
+    correct: int
+    total: int
+    accuracy: float
+    low: float
+    high: float
+    failures: dict[str, int]
+    verdicts: list[Verdict]
+
+    def to_json(self) -> str:
+        """One JSON object: everything but the verdicts."""
+        return json.dumps({name: value for name, value in vars(self).items() if name != "verdicts"})
+
+    def to_text(self) -> str:
+        """A few lines to read."""
+        unit = "blank cells" if (self.task, self.protocol) == ("sudoku", "d1") else "items"
+        lines = [
+            f"{self.task}, protocol {self.protocol}: {self.correct} of {self.total} {unit}",
+            f"accuracy {100 * self.accuracy:.2f} %, 95 % interval {100 * self.low:.2f} to {100 * self.high:.2f} %",
+        ]
+        return "\n".join(lines + [f"  {count:5d}  {kind}" for kind, count in self.failures.items()])
+
+
+def grade(path: str | Path, task: str, protocol: str = "strict") -> Grade:
+    """Grades every row of a file; under d1 sudoku counts blank cells (the published figure), all else items.
+
+    ValueError: unknown task or protocol, a malformed row (with file, line and mend), an empty file.
+    """
+    verify, example_of = task_named(task).verdict, EXAMPLES[task]
+    one_of(protocol, PROTOCOLS, "protocol")
+    verdicts = []
+    for where, row in objects(path):
+        completion, example = field(row, "completion", str, where), example_of(row, where)
+        verdicts.append(verify(completion, example, protocol=protocol, style="d1"))
+    if not verdicts:
+        raise ValueError(f"{path} has no rows; write one JSON object a line")
+    counts = [(v.components["solved"], 1.0) for v in verdicts]
+    if task == "sudoku" and protocol == "d1":
+        counts = [(v.components["correct"], v.components["cells"]) for v in verdicts]
+    correct, total = (int(sum(column)) for column in zip(*counts, strict=True))
+    if not total:
+        raise ValueError(f"{path}: no puzzle has a blank cell; there is nothing to grade")
+    low, high = wilson(correct / total, independent(counts))
+    failures = dict(Counter(v.failure for v in verdicts if v.failure).most_common())
+    return Grade(task, protocol, len(verdicts), correct, total, correct / total, low, high, failures, verdicts)
+
+
+def wilson(share: float, n: int | float) -> tuple[float, float]:
+    """95 % score interval for a share seen in n independent trials (E. B. Wilson, JASA 22, 1927); n need not be whole."""
+    middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def independent(counts: list[tuple[float, float]]) -> float:
+    """How many independent trials clusters of (correct, trials) are worth: what `wilson` may take as n.
+
+    Cells of one puzzle succeed together, so counting cells as independent makes the interval too short.  The variance of the share is
+    that of a ratio of cluster sums, k/(k-1) sum (correct - share * trials)^2 / total^2, and the worth is share * (1 - share) over it
+    (E. L. Korn, B. I. Graubard, Survey Methodology 24, 1998), never more than the trials there are.  Where the variance says nothing
+    (one cluster, all right, all wrong) a cluster is worth one trial; clusters of one trial are independent already.
+    """
+    clusters, total = len(counts), sum(trials for _, trials in counts)
+    share = sum(correct for correct, _ in counts) / total
+    if max(trials for _, trials in counts) == 1:
+        return total
+    if clusters == 1 or share in (0.0, 1.0):
+        return float(clusters)
+    spread = sum((correct - share * trials) ** 2 for correct, trials in counts) * clusters / (clusters - 1) / total**2
+    return min(total, share * (1 - share) / spread) if spread else total
+
+
+def _countdown_example(row: dict, where: str) -> countdown.Example:
+    field(row, "question", str, where)
+    match field(row, "ground_truth", list, where):
+        case [[_, *_] as numbers, target] if all(type(number) is int for number in [*numbers, target]):
+            return countdown.Example(where, tuple(numbers), target)
+        case other:
+            raise ValueError(f"{where}: ground_truth {str(other)[:60]}; write [numbers, target], such as [[30, 100, 93], 23]")
+
+
+def _sudoku_example(row: dict, where: str) -> sudoku.Example:
+    """The puzzle stands where d1 looks for it (first, or after "Sudoku puzzle: "), or is the only run of 16 digits."""
+    question, solution = field(row, "question", str, where), field(row, "ground_truth", str, where)
+    if not re.fullmatch("[1-4]{16}", solution):
+        raise ValueError(f"{where}: ground_truth {solution[:40]!r}; write the solution as 16 digits 1-4")
+    placed = re.match("[0-9]{16}", question) or re.search("(?<=Sudoku puzzle: )[0-9]{16}", question)
+    puzzles = [placed[0]] if placed else re.findall("(?<![0-9])[0-9]{16}(?![0-9])", question)
+    if len(puzzles) != 1 or not re.fullmatch("[0-4]{16}", puzzles[0]):
+        raise ValueError(f"{where}: no single puzzle in question {question[-60:]!r}; write it as 16 digits 0-4")
+    return sudoku.Example(where, puzzles[0], solution)
+
+
+EXAMPLES: dict[str, Callable[[dict, str], countdown.Example | sudoku.Example]] = {
+    "countdown": _countdown_example,
+    "sudoku": _sudoku_example,
+}

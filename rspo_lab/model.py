@@ -1,0 +1,202 @@
+"""The diffusion model: a Hugging Face transformer made bidirectional, scored and sampled through one small wrapper.
+
+Shapes: B sequences, P prompt tokens (left-padded), L completion tokens, V vocabulary.  Log-probabilities in nats.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rspo_lab.batch import Batch
+
+LORA_TARGETS = {
+    "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "d1": ["q_proj", "k_proj", "v_proj", "up_proj"],  # the four of d1's seven names that exist in LLaDA's blocks
+}
+
+
+class LladaConfig(LlamaConfig):
+    """LLaDA's architecture is Llama's without the causal mask (arXiv:2502.09992)."""
+
+    model_type = "llada"
+    is_causal = False  # a class attribute, so that it also holds where config.json lacks the key
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.is_causal = False
+        self.use_cache = False
+
+
+class LladaForMaskedLM(LlamaForCausalLM):
+    config_class = LladaConfig
+
+
+AutoConfig.register("llada", LladaConfig, exist_ok=True)
+AutoModelForCausalLM.register(LladaConfig, LladaForMaskedLM, exist_ok=True)
+
+
+class DiffusionLM(nn.Module):
+    """A bidirectional transformer with its tokenizer, as a denoiser and as the sampler's logits.
+
+    `forward(batch, hidden)` is the denoiser that estimators and oracle call; it puts the head on the hidden rows only.
+    Ids that stand for no text (the mask, ids beyond the tokenizer) have probability 0 in scores and samples alike.
+    """
+
+    def __init__(self, hf: nn.Module, tokenizer: PreTrainedTokenizerFast):
+        super().__init__()
+        if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer needs a mask token and a pad token: set tokenizer.mask_token and .pad_token")
+        self.hf, self.tokenizer, self.mask_id = hf, tokenizer, tokenizer.mask_token_id
+        banned = torch.arange(hf.config.vocab_size) >= len(tokenizer)
+        banned[self.mask_id] = True
+        self.register_buffer("banned", banned, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.banned.device
+
+    @property
+    def adapted(self) -> bool:
+        """True if trained through LoRA adapters."""
+        return hasattr(self.hf, "peft_config")
+
+    def forward(self, batch: Batch, hidden: Bool[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+        """log q(y_i | x, y without the hidden tokens) at the hidden positions, 0 elsewhere."""
+        ids = torch.cat([batch.prompt, batch.completion.masked_fill(hidden, self.mask_id)], 1)
+        states = self._states(ids, batch.prompt_valid)[:, batch.prompt.shape[1] :]
+        logp = self._head(states[hidden]).log_softmax(-1).gather(-1, batch.completion[hidden][:, None])[:, 0]
+        return logp.new_zeros(hidden.shape).masked_scatter(hidden, logp)
+
+    @torch.no_grad()
+    def logits(self, ids: Int[Tensor, "B S"], prompt_valid: Bool[Tensor, "B P"], start: int, stop: int) -> Float[Tensor, "B n V"]:
+        """Logits of positions start..stop given all of `ids`; -inf where an id stands for no text."""
+        return self._head(self._states(ids, prompt_valid)[:, start:stop])
+
+    def _states(self, ids, prompt_valid):
+        mask = None
+        if not prompt_valid.all():
+            visible = torch.cat([prompt_valid, prompt_valid.new_ones(len(ids), ids.shape[1] - prompt_valid.shape[1])], 1)
+            mask = visible[:, None, None, :]
+        return self._base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def _head(self, states):
+        return self._base.lm_head(states).float().masked_fill(self.banned, -torch.inf)
+
+    @property
+    def _base(self):
+        return self.hf.get_base_model() if self.adapted else self.hf
+
+    def encode(self, texts: list[str]) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
+        """(ids, is text), left-padded to the longest; a mask token inside a text is an error."""
+        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        for row, text in zip(rows, texts):
+            if self.mask_id in row or self.tokenizer.unk_token_id in row:
+                raise ValueError(f"the tokenizer cannot write {text!r}: it holds the mask token or an unknown character")
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+        text = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+        return ids.to(self.device), text.to(self.device)
+
+    def decode(self, completion: Int[Tensor, "B L"]) -> list[str]:
+        """The text of each row up to its first end-of-text token."""
+        end, texts = self.tokenizer.eos_token_id, []
+        for row in completion.tolist():
+            row = row[: row.index(end)] if end in row else row
+            texts.append(self.tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return texts
+
+    def save(self, folder: Path) -> None:
+        """Model (or adapter) and tokenizer as an ordinary Hugging Face checkpoint in safetensors."""
+        self.hf.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionLM:
+    """A checkpoint from a local folder or a hub name; strict about its tensors and about its attention.
+
+    Raises ValueError for tensors that are missing, unexpected or of another shape, and for a causal model.
+    """
+    hf, found = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, trust_remote_code=False
+    )
+    wrong = {kind: sorted(map(str, found[kind]))[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[kind]}
+    if wrong:
+        raise ValueError(f"{name} is not a checkpoint of {type(hf).__name__}: {wrong}")
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    _assert_bidirectional(hf, str(name))
+    return DiffusionLM(hf.eval(), tokenizer).to(device)
+
+
+def tiny(chars: str, *, seed: int, layers: int = 3, width: int = 96) -> DiffusionLM:
+    """A freshly initialised small model over a character vocabulary; 343k parameters by default."""
+    tokenizer = char_tokenizer(chars)
+    config = LladaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False,
+        mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None, attn_implementation="sdpa",
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator
+        torch.default_generator.manual_seed(seed)
+        hf = LladaForMaskedLM(config)
+    _assert_bidirectional(hf, "the tiny model")
+    return DiffusionLM(hf.eval(), tokenizer)
+
+
+def char_tokenizer(chars: str) -> PreTrainedTokenizerFast:
+    """One token a character, and <pad>, <eos>, <mask>, <unk>; an ordinary Hugging Face tokenizer built in code."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<pad>", "<eos>", "<mask>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate(special + sorted(set(chars)))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "mask_token": "<mask>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, padding_side="left", **names)
+
+
+def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: int) -> None:
+    """Put trainable low-rank adapters (no dropout) on the matrices of a preset and freeze the rest.
+
+    Raises ValueError for an unknown preset and for a target that names no matrix of this model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if preset not in LORA_TARGETS:
+        raise ValueError(f"lora must be one of {', '.join(LORA_TARGETS)}, not {preset!r}")
+    names = {name.rsplit(".", 1)[-1] for name, module in model.hf.named_modules() if isinstance(module, nn.Linear)}
+    if absent := [target for target in LORA_TARGETS[preset] if target not in names]:
+        raise ValueError(f"LoRA targets {absent} name no matrix of this model; it has {sorted(names)}")
+    lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS[preset])
+    with torch.random.fork_rng(devices=[]):  # peft initialises from the global generator
+        torch.default_generator.manual_seed(seed)
+        model.hf = get_peft_model(model.hf, lora)
+    model.to(model.device)
+
+
+def reference_of(model: DiffusionLM):
+    """The frozen policy of this moment as a denoiser: adapters switched off under LoRA, else a copy."""
+    if not model.adapted:
+        frozen = copy.deepcopy(model).requires_grad_(False)
+        return torch.no_grad()(frozen)
+
+    @torch.no_grad()
+    def reference(batch, hidden):
+        with model.hf.disable_adapter():
+            return model(batch, hidden)
+
+    return reference
+
+
+def _assert_bidirectional(hf: nn.Module, name: str) -> None:
+    """Raises unless the last token changes what the model says about the first."""
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=hf.device)
+    with torch.no_grad():
+        first = hf(input_ids=ids, use_cache=False).logits[:, 0].float()
+    if torch.equal(first[0], first[1]):
+        raise ValueError(f"{name} is causal: a diffusion model needs bidirectional attention (config.is_causal = false)")

@@ -1,0 +1,176 @@
+"""One strict headless execution of a notebook: Papermill inside a run directory, with an outcome that can be trusted.
+
+Success is `run.finish()` in the last cell AND a clean return of Papermill, whose own notebook metadata call a dead kernel
+"completed".  Heavy imports: the command line validates with `parameters` first.
+"""
+
+import logging
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import papermill
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from rspo_lab.files import read_json, write_json
+from rspo_lab.parameters import complete, declared
+from rspo_lab.runs import claim, now, release, run_path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Codes: 0 done; 1 cell error, unfinished or no kernel; 124 timeout; 130 stopped or interrupted; 138 kernel died; 143 SIGTERM.
+    """
+
+    path: Path
+    state: str
+    code: int
+    message: str
+
+
+def run_notebook(
+    notebook: Path, given: Mapping[str, Any], *, runs: Path, name: str | None = None, timeout: float | None = None,
+    report: Callable[[str], None] = print,
+) -> Outcome:  # fmt: skip
+    """Run a notebook in <runs>/<name>/<key> unless it is done there; `timeout` is seconds for the whole run.
+
+    ParameterError, RunError and FileNotFoundError are raised before anything runs; everything later is in the Outcome.
+    """
+    notebook = notebook.resolve()
+    params = complete(declared(notebook), given)
+    path = run_path(notebook, params, runs, name)
+    if read_json(path / "status.json").get("state") == "done":
+        return Outcome(path, "done", 0, f"already done: {path}")
+    claim(path, params)
+    try:
+        write_json(path / "status.json", {"state": "running", "pid": os.getpid(), "started": now()})
+        with _terminable(), _reporting(path, notebook.stem, report):
+            failure = _attempt(notebook, {key: params[key] for key in given}, path, timeout)
+        status = read_json(path / "status.json")
+        if not failure and status.get("state") == "done":
+            return Outcome(path, "done", 0, f"done: {path}")
+        if not failure and status.get("state") == "stopped":
+            return Outcome(path, "stopped", 130, f"stopped: {path}")
+        kind, message, code = failure or ("unfinished", "the notebook ended before run.finish() (sys.exit?)", 1)
+        error = {"kind": kind, "message": message}
+        write_json(path / "status.json", {**status, "state": "failed", "ended": now(), "error": error})
+        return Outcome(path, "failed", code, f"{message} (see {path / 'executed.ipynb'})")
+    finally:
+        release(path)
+
+
+def _attempt(notebook: Path, given: Mapping[str, Any], path: Path, timeout: float | None) -> tuple[str, str, int] | None:
+    """Execute, once more if the kernel does not start; None, or the kind, message and exit code of the failure."""
+    deadline = time.monotonic() + timeout if timeout else None
+    try:
+        try:
+            _execute(notebook, given, path, deadline)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # jupyter_client's start failures are bare ones
+                raise
+            _execute(notebook, given, path, deadline)
+    except PapermillExecutionError as error:
+        lines = str(error.evalue).strip().splitlines() or [""]
+        return "cell", f"{error.ename}: {lines[0][:300]}", 1
+    except CellTimeoutError as error:
+        if deadline is None or time.monotonic() < deadline:
+            return "cell", " ".join(str(error).split())[:300], 1
+        return "timeout", f"not finished after {timeout:g} s", 124
+    except DeadKernelError:
+        return "kernel died", f"the kernel died, out of memory unless {path / 'kernel.log'} says more", 138
+    except KeyboardInterrupt as error:
+        return "interrupted", "interrupted", 143 if error.args else 130
+    except RuntimeError as error:
+        return "kernel start", f"the kernel did not start: {error}", 1
+    return None
+
+
+def _execute(notebook: Path, given: Mapping[str, Any], path: Path, deadline: float | None) -> None:
+    """Papermill with a kernel of this interpreter, on sockets in a private directory (shared ones fail when runs start together)."""
+    limit = {"timeout_func": lambda cell: max(deadline - time.monotonic(), 0.01)} if deadline else {}
+    short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"  # a socket's path has at most 107 bytes
+    folder = tempfile.mkdtemp(prefix="rspo-", dir=short)
+    env = {
+        **os.environ,
+        "RSPO_LAB_RUN": str(path),
+        "RSPO_LAB_NOTEBOOK": str(notebook),
+        "RSPO_LAB_HEADLESS": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "IPYTHONDIR": folder,  # no start-up files of the user's, nothing in a home folder that may be read-only
+    }
+
+    class Kernel(AsyncKernelManager):
+        def __init__(self, **options: Any) -> None:
+            native = KernelSpecManager(kernel_dirs=[])  # without other specs python3 is sys.executable
+            sockets = {"transport": "ipc", "ip": f"{folder}/k", "connection_file": f"{folder}/kernel.json"}
+            super().__init__(kernel_spec_manager=native, **sockets, **options)
+
+        async def start_kernel(self, **options: Any) -> None:
+            with open(path / "kernel.log", "wb") as output:  # what no cell shows: a crash in C, ipykernel's own complaints
+                await super().start_kernel(env=env, cwd=str(notebook.parent), stdout=output, stderr=output, **options)
+
+    log = logging.getLogger("papermill")
+    log.disabled = True  # it calls `int | None` parameters unknown, and repeats what the outcome says
+    try:
+        papermill.execute_notebook(
+            *(re.sub("([{}])", r"\1\1", str(file)) for file in (notebook, path / "executed.ipynb")),  # its paths are templates
+            parameters=dict(given), kernel_name="python3", language="python", progress_bar=False, autosave_cell_every=30,
+            kernel_manager_class=Kernel, iopub_timeout=60, **limit,
+        )  # fmt: skip
+    finally:
+        log.disabled = False
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Take SIGTERM as an interrupt, so that the kernel is ended and the status written; a handler already set is kept."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt("SIGTERM")
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _reporting(path: Path, label: str, report: Callable[[str], None]) -> Iterator[None]:
+    """Hand on the run's progress, a line every 5 s at most and only when it changed."""
+    ended = threading.Event()
+
+    def poll() -> None:
+        said = None
+        while not ended.wait(5):
+            progress = read_json(path / "status.json").get("progress")
+            if progress and progress != said:
+                report(f"{label}  {progress['done']}/{progress['total']}  {progress['note']}".rstrip())
+                said = progress
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,69 @@
+"""Policy objectives as pure functions of score draws and advantages; each returns a loss to minimise.
+
+Shapes: R replicates (independent mask draws of one estimate), B sequences.  Scores and log-ratios in nats, in the unit
+(summed or per token) that `lam` was chosen for.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    value: Float[Tensor, ""]
+    log: dict[str, float]
+
+
+def rspo(
+    d: Float[Tensor, "R B"],
+    advantage: Float[Tensor, "B"],
+    *,
+    lam: float,
+    scope: Int[Tensor, "B"] | Literal["batch", "none"] = "batch",
+    residual: Literal["shared", "leave_one_out"] = "shared",
+) -> Loss:
+    """-mean sg(A - lam d_hat) d_hat,  d_hat = d - sg(mean of d over its scope).  (RSPO, arXiv:2605.10218, Eq. 3.3)
+
+    Its gradient is that of lam/2 mean (d_hat - A/lam)^2: A/lam is the target log-ratio, A/lam - d_hat the gap, and
+    A - lam d_hat the residual weight.  lam = 0 is `reinforce_elbo`.
+
+    d: draws of log pi_theta(y|x) / pi_ref(y|x) on masks that both share; the estimate is their mean over R.
+    scope: rows that share a centre: "batch" (all), "none" (no centring), or an id a row (prompt groups).
+    residual: "shared" multiplies the estimate with itself, so its expectation carries lam/2 grad Var[d] beside the
+        gradient of the true square; "leave_one_out" weighs each replicate by the others' estimate, which is unbiased
+        when replicates are independent and needs R >= 2.
+    """
+    if lam < 0:
+        raise ValueError(f"lam must be >= 0, not {lam}: a negative one pushes away from the target")
+    if residual == "leave_one_out":
+        if len(d) < 2:
+            raise ValueError("residual='leave_one_out' needs at least 2 replicates: raise views, or take a design of several")
+        estimate = (d.sum(0) - d) / (len(d) - 1)
+    elif residual == "shared":
+        estimate = d.mean(0).expand_as(d)
+    else:
+        raise ValueError(f"residual must be 'shared' or 'leave_one_out', not {residual!r}")
+    weight = (advantage - lam * (estimate - _centre(estimate, scope))).detach()
+    d_hat = d - _centre(d, scope).detach()
+    flipped = (weight.mean(0) * advantage < 0).double().mean().item()
+    return Loss(-(weight * d_hat).mean(), {"weight_rms": weight.mean(0).square().mean().sqrt().item(), "sign_flips": flipped})
+
+
+def reinforce_elbo(score: Float[Tensor, "R B"], advantage: Float[Tensor, "B"]) -> Loss:
+    """-mean A score: advantage-weighted ELBO ascent, the gradient of `rspo` at lam = 0 (the reference drops out)."""
+    return Loss(-(advantage * score).mean(), {"weight_rms": advantage.square().mean().sqrt().item(), "sign_flips": 0.0})
+
+
+def _centre(d: Float[Tensor, "R B"], scope) -> Float[Tensor, "R B"]:
+    """The mean of d over the rows of its scope, for every row."""
+    if isinstance(scope, str):
+        if scope not in ("batch", "none"):
+            raise ValueError(f"scope must be 'batch', 'none' or an id a row, not {scope!r}")
+        return d.mean(1, keepdim=True).expand_as(d) if scope == "batch" else torch.zeros_like(d)
+    size = torch.bincount(scope).to(d)
+    total = d.new_zeros(len(d), len(size)).index_add(1, scope, d)
+    return (total / size.clamp(min=1))[:, scope]

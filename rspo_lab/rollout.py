@@ -1,0 +1,85 @@
+"""Completions by the published semi-autoregressive sampler: block by block, the most confident tokens first.
+
+Shapes: B sequences, P prompt tokens (left-padded), L completion tokens in L/block blocks, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# logits(ids, prompt_valid, start, stop) -> (B, stop - start, V): next-token logits of positions start..stop of `ids` (B, P+L)
+Logits = Callable[[Tensor, Tensor, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    completion: Int[Tensor, "B L"]
+    step: Int[Tensor, "B L"]  # the denoising step, counted from 0, that unmasked the token
+    confidence: Float[Tensor, "B L"]  # probability that the model gave the token when it was unmasked
+
+
+def generate(
+    logits: Logits,
+    prompt: Int[Tensor, "B P"],
+    prompt_valid: Bool[Tensor, "B P"],
+    *,
+    mask_id: int,
+    length: int,
+    block: int,
+    steps: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> Rollout:
+    """Low-confidence remasking in blocks.  (LLaDA, arXiv:2502.09992, Alg. 5; the schedule of its released sampler)
+
+    Each block of `block` tokens takes steps * block / length steps.  A step draws a token for every masked position of
+    the block from softmax(logits / temperature), the arg max at temperature 0, and keeps those with the highest untempered
+    probability: block // n of them, one more in each of the first block % n of the block's n steps.  Ties go to the left.
+
+    The draw is by inverse CDF with one uniform number a position: the law of the published Gumbel arg max at 1/V of its
+    random numbers, and the same numbers on every device.  Logits of -inf are never drawn.
+    """
+    blocks, per_block = _schedule(length, block, steps, temperature)
+    rows, width = prompt.shape
+    ids = torch.cat([prompt, prompt.new_full((rows, length), mask_id)], 1)
+    unmasked_at = torch.zeros(rows, length, dtype=torch.long, device=prompt.device)
+    confidence = torch.zeros(rows, length, device=prompt.device)
+    masked = torch.ones(rows, length, dtype=torch.bool, device=prompt.device)
+    for b in range(blocks):
+        here = slice(b * block, (b + 1) * block)
+        start = width + b * block
+        for n in range(per_block):
+            keep = block // per_block + (n < block % per_block)
+            block_logits = logits(ids, prompt_valid, start, start + block).float()
+            uniform = torch.rand(rows, block, generator=generator, dtype=torch.float64).to(prompt.device)
+            token = _draw(block_logits, uniform, temperature)
+            prob = block_logits.softmax(-1).gather(-1, token[..., None])[..., 0]
+            best = prob.masked_fill(~masked[:, here], -1.0).argsort(dim=-1, descending=True, stable=True)[:, :keep]
+            ids[:, start : start + block].scatter_(1, best, token.gather(1, best))
+            unmasked_at[:, here].scatter_(1, best, b * per_block + n)
+            confidence[:, here].scatter_(1, best, prob.gather(1, best))
+            masked[:, here].scatter_(1, best, False)
+    return Rollout(ids[:, width:], unmasked_at, confidence)
+
+
+def _schedule(length, block, steps, temperature) -> tuple[int, int]:
+    """(blocks, steps a block); one clear error for a schedule that does not come out even."""
+    if length % block:
+        raise ValueError(f"length {length} is not a multiple of block {block}")
+    blocks = length // block
+    if steps % blocks or not blocks <= steps <= length:
+        raise ValueError(f"steps {steps} must be a multiple of the {blocks} blocks, from {blocks} to {length}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be >= 0, not {temperature}")
+    return blocks, steps // blocks
+
+
+def _draw(logits: Float[Tensor, "B n V"], uniform: Float[Tensor, "B n"], temperature: float) -> Int[Tensor, "B n"]:
+    """One token a position from softmax(logits / temperature), as the first whose cumulated probability exceeds `uniform`."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulated = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    return torch.searchsorted(cumulated, (uniform * cumulated[..., -1])[..., None], right=True)[..., 0]

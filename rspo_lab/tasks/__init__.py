@@ -1,0 +1,22 @@
+"""Tasks: each is a module with examples, prompts and a verifier; text only, no torch.
+
+Every task module offers `Example`, `examples(split, n, seed=)`, `read(path, n)`, `prompt(example, style)`,
+`solutions(example)`, `verdict(completion, example, protocol=, style=)`, `reward(...)` in [0, 1], `COMPACT_LENGTH` (tokens of a
+compact completion, one a character) and `COMPACT_CHARS` (characters of compact prompts and completions).
+"""
+
+import difflib
+from types import ModuleType
+
+from rspo_lab.tasks import countdown, sudoku
+
+TASKS = {"sudoku": sudoku, "countdown": countdown}
+
+
+def task(name: str) -> ModuleType:
+    """The task module called `name`; ValueError with the nearest name if there is none."""
+    if name in TASKS:
+        return TASKS[name]
+    near = difflib.get_close_matches(name, TASKS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(TASKS))}"
+    raise ValueError(f"unknown task {name!r}: {hint}")

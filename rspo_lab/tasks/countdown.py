@@ -1,0 +1,212 @@
+"""Countdown: write an expression over given numbers, each used once, that equals a target.
+
+Generated problems: three numbers 1-9, operations + - *, a flat `a op b op c` with the usual precedence, target 1-99.  Splits are by
+(number multiset, target) through a content hash, about 15 % test.  Protocol "strict" accepts + - * / with parentheses over exact
+rationals, each number once, and no unary sign (the task has binary operations only); "d1" reproduces d1's evaluation.
+"""
+
+import hashlib
+import operator
+import random
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from itertools import combinations_with_replacement, permutations, product
+from pathlib import Path
+
+from rspo_lab.tasks import countdown_d1
+from rspo_lab.tasks.lines import field, first, objects
+from rspo_lab.tasks.verdict import PROTOCOLS, STYLES, Verdict, one_of, strict_answer
+
+COMPACT_LENGTH = 8
+COMPACT_CHARS = "0123456789+-*,=:"
+TRAIN_PROBLEMS = 1117  # a training run's pool: all of the split
+TEST_PERCENT = 15
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+D1_PROMPT = """
+Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+
+Using only the numbers {numbers}, create an arithmetic expression that evaluates to exactly {target}. You must use all numbers \
+from the list, and each number must be used exactly once. You may use the operations +, -, *, and / as needed. After reasoning, \
+provide only your final expression inside <answer></answer> tags without including an equals sign or the target number. For \
+example, if the numbers are [2, 3, 4] and the target is 5, a valid answer is: <answer>
+2*4-3
+</answer>"""  # d1, diffu-grpo/data_utils.py (training; its evaluation words it otherwise)
+
+
+@dataclass(frozen=True)
+class Example:
+    id: str
+    numbers: tuple[int, ...]
+    target: int
+
+
+@cache
+def problems(split: str) -> tuple[tuple[tuple[int, ...], int], ...]:
+    """All (sorted numbers, target) of a split: sorted, disjoint from the other split's, solvable."""
+    found = []
+    for numbers in combinations_with_replacement(range(1, 10), 3):
+        for target in sorted(_reachable(numbers)):
+            digest = hashlib.sha256(f"{numbers}={target}".encode()).digest()
+            if 1 <= target <= 99 and (int.from_bytes(digest[:8]) % 100 < TEST_PERCENT) == (split == "test"):
+                found.append((numbers, target))
+    return tuple(found)
+
+
+@cache
+def _reachable(numbers: tuple[int, ...]) -> dict[int, list[str]]:
+    """Value -> all distinct flat two-digit expressions over + - * that use each number once."""
+    found: dict[int, list[str]] = {}
+    for order in sorted(set(permutations(numbers))):
+        for signs in product("+-*", repeat=len(order) - 1):
+            later = (sign + _two_digits(number) for sign, number in zip(signs, order[1:], strict=True))
+            found.setdefault(_flat_value(order, signs), []).append(_two_digits(order[0]) + "".join(later))
+    return found
+
+
+def _flat_value(numbers: tuple[int, ...], signs: tuple[str, ...]) -> int:
+    total, term = 0, numbers[0]
+    for sign, number in zip(signs, numbers[1:], strict=True):
+        if sign == "*":
+            term *= number
+        else:
+            total, term = total + term, number if sign == "+" else -number
+    return total + term
+
+
+def _two_digits(number: int) -> str:
+    if not 0 <= number <= 99:
+        raise ValueError(f"the compact style writes numbers 0-99, not {number}; use style 'd1'")
+    return f"{number:02d}"
+
+
+def examples(split: str, n: int, *, seed: int) -> list[Example]:
+    """n different problems of a split, numbers in random order; a longer list starts with the shorter one.
+
+    ValueError for another split than "train" or "test", or if the split has fewer than n.
+    """
+    pool = list(problems(one_of(split, ("train", "test"), "split")))
+    if not 0 <= n <= len(pool):
+        raise ValueError(f"asked for {n} countdown {split} problems; the maximum is {len(pool)}")
+    rng = random.Random(seed)
+    rng.shuffle(pool)
+    found = []
+    for numbers, target in pool[:n]:
+        name = f"countdown-{','.join(map(str, numbers))}={target}"
+        found.append(Example(name, tuple(rng.sample(numbers, len(numbers))), target))
+    return found
+
+
+def read(path: str | Path, n: int | None = None) -> list[Example]:
+    """The first n problems (all if None) of a jsonl file of `{"input": "30,100,93", "output": "23"}` (d1's format).
+
+    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row, or if there are fewer than n.
+    """
+    found = []
+    for where, row in objects(path):
+        listed, target = field(row, "input", str, where), field(row, "output", str, where)
+        if not re.fullmatch(r"[0-9]{1,9}(, ?[0-9]{1,9})+", listed) or not re.fullmatch("-?[0-9]{1,9}", target):
+            raise ValueError(f'{where}: input {listed[:40]!r}, output {target[:40]!r}; write them as "30,100,93" and "23"')
+        name = f"{Path(path).name}:{where.rpartition(':')[2]}"
+        found.append(Example(name, tuple(int(number) for number in listed.split(",")), int(target)))
+    return first(found, n, path)
+
+
+def prompt(example: Example, style: str) -> str:
+    """Compact: "03,07,02=23:".  d1: the published training message (one user turn, no system turn)."""
+    if one_of(style, STYLES, "style") == "compact":
+        return f"{','.join(map(_two_digits, example.numbers))}={_two_digits(example.target)}:"
+    return D1_PROMPT.format(numbers=list(example.numbers), target=example.target)
+
+
+def solutions(example: Example) -> list[str]:
+    """All compact completions (flat, + - *, two digits a number) that hit the target; may be empty for problems from a file."""
+    return list(_reachable(tuple(sorted(example.numbers))).get(example.target, []))
+
+
+def reward(completion: str, example: Example, *, protocol: str = "strict", style: str = "compact") -> float:
+    """`verdict(...).reward`: 1 if solved, else 0."""
+    return verdict(completion, example, protocol=protocol, style=style).reward
+
+
+def verdict(completion: str, example: Example, *, protocol: str, style: str) -> Verdict:
+    """Components: `solved`; `legal`, an expression that uses exactly the given numbers, whatever it is worth."""
+    if one_of(protocol, PROTOCOLS, "protocol") == "d1":
+        compact = one_of(style, STYLES, "style") == "compact"
+        failure = countdown_d1.fault(completion, example.numbers, example.target, compact=compact)
+    else:
+        answer, failure = strict_answer(completion, style)
+        if failure is None:
+            failure = _fault(answer, example)
+    legal = failure in (None, "wrong_value", "division_by_zero")
+    return Verdict(float(failure is None), failure, {"solved": float(failure is None), "legal": float(legal)})
+
+
+def _fault(answer: str, example: Example) -> str | None:
+    """What is wrong with a short ASCII expression, or None."""
+    for latex, sign in ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/")):
+        answer = answer.replace(latex, sign)
+    tokens = postfix(answer)
+    if tokens is None:
+        return "unparsable"
+    if sorted(int(token) for token in tokens if token.isdigit()) != sorted(example.numbers):
+        return "wrong_numbers"
+    value = worth(tokens)
+    if value is None:
+        return "division_by_zero"
+    return None if value == example.target else "wrong_value"
+
+
+def postfix(expression: str) -> list[str] | None:
+    """Tokens in postfix order (shunting-yard, no recursion), or None if it is not an infix expression of integers, + - * / ( )."""
+    tokens = re.findall(r"[0-9]+|[^\s]", expression)
+    out: list[str] = []
+    waiting: list[str] = []
+    operand_next = True
+    for token in tokens:
+        if operand_next:
+            if token == "(":
+                waiting.append(token)
+            elif token.isdigit():
+                out.append(token)
+                operand_next = False
+            else:
+                return None
+        elif token == ")":
+            while waiting and waiting[-1] != "(":
+                out.append(waiting.pop())
+            if not waiting:
+                return None
+            waiting.pop()
+        elif token in PRECEDENCE:
+            while waiting and PRECEDENCE.get(waiting[-1], 0) >= PRECEDENCE[token]:
+                out.append(waiting.pop())
+            waiting.append(token)
+            operand_next = True
+        else:
+            return None
+    if operand_next or "(" in waiting:
+        return None
+    return out + waiting[::-1]
+
+
+def worth(tokens: list[str]) -> Fraction | None:
+    """Exact value of a postfix expression; None if it divides by zero."""
+    stack: list[Fraction] = []
+    for token in tokens:
+        if token.isdigit():
+            stack.append(Fraction(int(token)))
+            continue
+        right, left = stack.pop(), stack.pop()
+        if token == "/" and not right:
+            return None
+        stack.append(OPERATIONS[token](left, right))
+    return stack.pop()

@@ -1,0 +1,237 @@
+"""4x4 Sudoku: fill a grid so that every row, column and 2x2 box holds 1-4 once.
+
+A grid is 16 characters, left to right, top to bottom, "0" = blank.  288 grids are complete and valid; a puzzle here has exactly one
+solution.  Splits are by solution grid (240 train, 48 test), so no test solution is ever trained on.  Read files may hold puzzles
+with several solutions (124 of d1's 500 do): protocol "strict" accepts any of them, "d1" counts cells equal to the stored one.
+"""
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations, product
+from pathlib import Path
+
+from rspo_lab.tasks.lines import first
+from rspo_lab.tasks.verdict import PROTOCOLS, STYLES, Verdict, one_of, strict_answer
+
+COMPACT_LENGTH = 16
+COMPACT_CHARS = "01234="
+TRAIN_PROBLEMS = 4096  # a training run's pool; generated, so it could be larger
+BLANKS = range(6, 12)  # blanks of a generated puzzle
+TEST_GRIDS = 48
+UNITS = tuple(
+    [tuple(range(4 * i, 4 * i + 4)) for i in range(4)]
+    + [tuple(range(i, 16, 4)) for i in range(4)]
+    + [tuple(corner + step for step in (0, 1, 4, 5)) for corner in (0, 2, 8, 10)]
+)
+D1_PROMPT = """
+Please solve the following 4x4 Sudoku puzzle. The puzzle is provided as a 16-character string reading left-to-right, \
+top-to-bottom, where '0' represents empty cells.
+
+Rules:
+- Fill empty cells with digits 1-4
+- Each row must contain digits 1-4 exactly once
+- Each column must contain digits 1-4 exactly once
+- Each 2x2 box must contain digits 1-4 exactly once
+
+Important: Your solution must be a COMPLETE 16-character string with only the digits 1-4, representing your final solved grid.
+
+Respond in this exact format:
+<reasoning>
+Your step-by-step solving process
+</reasoning>
+<answer>
+[16-character solution string with no spaces or separators]
+</answer>
+
+
+Solve the following Sudoku puzzle: {puzzle}
+"""  # d1, diffu-grpo/data_utils.py: training, and in this task evaluation too
+
+
+@dataclass(frozen=True)
+class Example:
+    id: str
+    puzzle: str
+    solution: str
+
+
+def valid(grid: str) -> bool:
+    """Whether 16 characters are a complete grid that keeps all rules."""
+    return len(grid) == 16 and all(sorted(grid[i] for i in unit) == list("1234") for unit in UNITS)
+
+
+@cache
+def grids() -> tuple[str, ...]:
+    """All 288 complete grids, in the order of their SHA-256: the first 48 are the test grids."""
+    rows = ["".join(row) for row in permutations("1234")]
+    complete = (top + low for top in _halves(rows) for low in _halves(rows) if valid(top + low))
+    return tuple(sorted(complete, key=lambda grid: hashlib.sha256(grid.encode()).hexdigest()))
+
+
+def _halves(rows: list[str]) -> list[str]:
+    """Two rows whose two boxes are right."""
+    return [a + b for a, b in product(rows, rows) if not set(a[:2]) & set(b[:2]) and not set(a[2:]) & set(b[2:])]
+
+
+@cache
+def _grids_with(cell: int, digit: str) -> int:
+    """Bit set over `grids()`: those with this digit in this cell."""
+    return sum(1 << i for i, grid in enumerate(grids()) if grid[cell] == digit)
+
+
+def count_solutions(puzzle: str) -> int:
+    """How many of the 288 grids match the givens of a 16-character puzzle."""
+    matching = (1 << len(grids())) - 1
+    for cell, digit in enumerate(puzzle):
+        if digit != "0":
+            matching &= _grids_with(cell, digit)
+    return matching.bit_count()
+
+
+def examples(split: str, n: int, *, seed: int) -> list[Example]:
+    """n different puzzles with one solution each, 6-11 blanks with equal chance; a longer list starts with the shorter one.
+
+    ValueError for another split than "train" or "test", or when the split runs out of new puzzles.
+    """
+    one_of(split, ("train", "test"), "split")
+    pool = grids()[:TEST_GRIDS] if split == "test" else grids()[TEST_GRIDS:]
+    rng = random.Random(seed)
+    found: dict[str, Example] = {}
+    for _ in range(n):
+        example = _new_puzzle(pool, rng.choice(BLANKS), found, rng)
+        if example is None:
+            raise ValueError(f"asked for {n} sudoku {split} puzzles; the maximum this seed reaches is {len(found)}")
+        found[example.puzzle] = example
+    return list(found.values())
+
+
+def _new_puzzle(pool: tuple[str, ...], blanks: int, found: dict[str, Example], rng: random.Random) -> Example | None:
+    """A puzzle that is not in `found` and has one solution, or None after 10,000 draws (at 11 blanks 9-29 % have one)."""
+    for _ in range(10_000):
+        solution = rng.choice(pool)
+        hidden = set(rng.sample(range(16), blanks))
+        puzzle = "".join("0" if cell in hidden else digit for cell, digit in enumerate(solution))
+        if puzzle not in found and count_solutions(puzzle) == 1:
+            return Example(f"sudoku-{puzzle}", puzzle, solution)
+    return None
+
+
+def read(path: str | Path, n: int | None = None) -> list[Example]:
+    """The first n puzzles (all if None) of a csv with header `Puzzle,Solution` and 16-character strings (d1's format).
+
+    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row, or if there are fewer than n.
+    """
+    found = []
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        header = file.readline().strip()
+        if header != "Puzzle,Solution":
+            raise ValueError(f"{path}:1: the header is {header[:40]!r}; make it Puzzle,Solution")
+        for number, line in enumerate(file, start=2):
+            if not line.strip():
+                continue
+            where, row = f"{path}:{number}", [cell.strip().strip('"') for cell in line.split(",")]
+            if len(row) != 2:
+                raise ValueError(f"{where}: {len(row)} fields; write one puzzle and one solution a row")
+            puzzle, solution = row
+            if not re.fullmatch("[0-4]{16}", puzzle):
+                raise ValueError(f"{where}: puzzle {puzzle[:40]!r}; write 16 digits 0-4, leading zeros kept (text, not a number)")
+            if not valid(solution) or not _keeps_givens(solution, puzzle):
+                raise ValueError(f"{where}: {solution[:40]!r} does not solve {puzzle}; write the 16 digits of its solution")
+            found.append(Example(f"{Path(path).name}:{number}", puzzle, solution))
+    return first(found, n, path)
+
+
+def prompt(example: Example, style: str) -> str:
+    """Compact: the puzzle and "=".  d1: the published user message (one user turn, no system turn)."""
+    if one_of(style, STYLES, "style") == "compact":
+        return example.puzzle + "="
+    return D1_PROMPT.format(puzzle=example.puzzle)
+
+
+def solutions(example: Example) -> list[str]:
+    """The compact completions that solve it: the stored grid (all of them, for generated puzzles)."""
+    return [example.solution]
+
+
+def reward(completion: str, example: Example, *, protocol: str = "strict", style: str = "compact") -> float:
+    """`verdict(...).reward`: strict 1 or 0; d1 the share of blanks equal to the stored solution."""
+    return verdict(completion, example, protocol=protocol, style=style).reward
+
+
+def verdict(completion: str, example: Example, *, protocol: str, style: str) -> Verdict:
+    """Strict: 1 for any complete grid that keeps givens and rules.  d1: correct blanks / blanks, nothing else checked.
+
+    Components: `correct` and `cells` (blanks equal to the stored solution, blanks: d1's accuracy sums both over a file),
+    `cell_accuracy` their ratio (0 without blanks), `solved` (strict: any valid grid; d1: all blanks equal to the stored one).
+    """
+    if one_of(protocol, PROTOCOLS, "protocol") == "d1":
+        answer, failure = _d1_answer(completion, style), None
+        correct, cells = _correct(answer, example), example.puzzle.count("0")
+        if correct < cells or not cells:
+            failure = "wrong_cells" if answer else "no_answer"
+        return Verdict(correct / cells if cells else 0.0, failure, _components(correct, cells, solved=failure is None))
+    answer, failure = strict_answer(completion, style)
+    answer = "".join(answer.split())
+    if failure is None:
+        failure = _fault(answer, example.puzzle)
+    correct = 0 if failure in ("wrong_length", "wrong_characters") else _correct(answer, example)
+    return Verdict(float(failure is None), failure, _components(correct, example.puzzle.count("0"), solved=failure is None))
+
+
+def _components(correct: int, cells: int, *, solved: bool) -> dict[str, float]:
+    return {
+        "solved": float(solved),
+        "cell_accuracy": correct / cells if cells else 0.0,
+        "correct": float(correct),
+        "cells": float(cells),
+    }
+
+
+def _fault(grid: str, puzzle: str) -> str | None:
+    """What is wrong with an answer as a complete grid, or None."""
+    if not re.fullmatch("[1-4]*", grid):
+        return "wrong_characters"
+    if len(grid) != 16:
+        return "wrong_length"
+    if not _keeps_givens(grid, puzzle):
+        return "changes_givens"
+    return None if valid(grid) else "breaks_rules"
+
+
+def _keeps_givens(grid: str, puzzle: str) -> bool:
+    return all(given in ("0", digit) for digit, given in zip(grid, puzzle, strict=True))
+
+
+def _correct(answer: str, example: Example) -> int:
+    """Blanks of the puzzle that an answer of any length fills as the stored solution does."""
+    return sum(a == s for a, s, given in zip(answer, example.solution, example.puzzle, strict=False) if given == "0")
+
+
+def _d1_answer(completion: str, style: str) -> str:
+    """What d1's evaluation takes for the grid, white space removed: at most 16 characters that need not be digits.
+
+    The five patterns of `parse_sudoku_answers`, each rewritten to run in linear time: (1) digits in a code fence after <answer>,
+    (2) <answer> up to </answer> or an end token, (3) what follows </answer>, (4) 16 digits just before </answer>, (5) 16 digits
+    alone.  A pattern counts if its first match is not blank.  d1 pads with "0", which no solution holds: a cut says the same.
+    """
+    if one_of(style, STYLES, "style") == "compact":
+        return "".join(completion.split())[:16]
+    end = r"<\|eot_id\|>|<\|endoftext\|>"
+    found = None
+    _, opened, body = completion.partition("<answer>")
+    if opened:
+        fenced = re.search(r"```([\d\s]++)```", body)
+        found = fenced and fenced[1].strip()
+        if not found and (stop := re.search(end + "|</answer>", body)):
+            found = body[: stop.start()].strip()
+    _, closed, rest = completion.partition("</answer>")
+    if not found and closed:
+        found = re.split(end, rest, maxsplit=1)[0].strip()
+        if not found and (before := re.search(r"(\d{16})\s*+</answer>", completion)):
+            found = before[1]
+    if not found and (alone := re.search(r"\b\d{16}\b", completion)):
+        found = alone[0]
+    return "".join((found or "").split())[:16]

@@ -1,0 +1,54 @@
+"""Verdicts: what a verifier says of one completion, and where a strict verifier looks for the answer.
+
+Rewards are in [0, 1].  Protocol "strict" pays 1 for a correct answer and 0 for anything else; protocol "d1" reproduces the
+published evaluation scorer (github.com/dllm-reasoning/d1, eval/parse_and_get_acc.py).  Style "compact": the whole completion is
+the answer; style "d1": the answer stands between <answer> and </answer>.
+"""
+
+from dataclasses import dataclass
+
+PROTOCOLS = ("strict", "d1")
+STYLES = ("compact", "d1")
+LONGEST_ANSWER = 200  # characters; a legal answer to either task is far shorter
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`failure` is None exactly when nothing is wrong; `components` are named numbers to log beside the reward."""
+
+    reward: float
+    failure: str | None
+    components: dict[str, float]
+
+
+def one_of(value: str, choices: tuple[str, ...], noun: str) -> str:
+    """`value` if it is a choice, else ValueError naming the choices."""
+    if value not in choices:
+        raise ValueError(f"unknown {noun} {value!r}: choose from {', '.join(choices)}")
+    return value
+
+
+def strict_answer(completion: str, style: str) -> tuple[str, str | None]:
+    """(answer, None) or ("", failure): the one answer of a completion, short and ASCII.
+
+    In style "d1" exactly one `<answer>` and one `</answer>` must occur; a single `\\boxed{...}` may wrap the answer.
+    """
+    if one_of(style, STYLES, "style") == "d1":
+        opened, closed = completion.count("<answer>"), completion.count("</answer>")
+        if opened > 1 or closed > 1:
+            return "", "several_answers"
+        head, _, tail = completion.partition("<answer>")
+        if not opened or "</answer>" not in tail:
+            return "", "no_answer"
+        answer = tail.partition("</answer>")[0].strip()
+        if answer.count("\\boxed") > 1:
+            return "", "several_answers"
+        if answer.startswith("\\boxed{") and answer.endswith("}"):
+            answer = answer[len("\\boxed{") : -1].strip()
+    else:
+        answer = completion.strip()
+    if not answer:
+        return "", "no_answer"
+    if len(answer) > LONGEST_ANSWER:
+        return "", "too_long"
+    return (answer, None) if answer.isascii() else ("", "not_ascii")

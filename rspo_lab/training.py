@@ -1,0 +1,357 @@
+"""RL with verifiable rewards for a diffusion language model: rollout, masks, recipe, update, log, save.
+
+Shapes: B = prompts x group completions a step (group-major), R replicates of the score.  Nats.
+"""
+
+import json
+import math
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from rspo_lab import objectives
+from rspo_lab.advantages import ADVANTAGES, uninformative
+from rspo_lab.batch import Batch, valid_until_end
+from rspo_lab.diagnostics import gap_summary
+from rspo_lab.estimators import elbo_draws, elbo_slices
+from rspo_lab.evaluation import solve_rate
+from rspo_lab.keys import generator
+from rspo_lab.masks import DESIGNS
+from rspo_lab.model import DiffusionLM, add_lora, load, reference_of
+from rspo_lab.rollout import generate
+from rspo_lab.tasks import task as task_named
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run; `objective="rspo"` with lam = 0 is the raw advantage."""
+
+    model: str  # local folder or hub name of the base, which is also the frozen reference
+    task: str
+    data: str = ""  # a local file in the task's public format; "" is the task's own training split
+    style: str = "compact"  # prompt style: compact (tiny models) or d1
+    seed: int = 0
+    steps: int = 120
+    prompts: int = 16  # a step
+    group: int = 8  # completions a prompt
+    length: int = 0  # completion tokens; 0 is the compact style's
+    block: int = 0  # tokens a decoding block; 0 is the whole completion
+    decode_steps: int = 0  # denoising steps a completion; 0 is one a token
+    temperature: float = 1.0
+    objective: str = "rspo"
+    lam: float = 0.03  # nats^-1 in the score's unit
+    advantage: str = "standardized"
+    scope: str = "batch"  # rows that share a centre of d: batch, group, none
+    residual: str = "shared"  # or leave_one_out
+    score_unit: str = "sequence"  # sum of nats; or token: mean over valid tokens
+    use_reference: bool = True  # False: d is the score itself
+    zero_variance: str = "keep"  # groups whose rewards agree: keep (pulled to the reference) or skip
+    design: str = "count"
+    views: int = 2
+    inner_steps: int = 1  # updates on one rollout
+    lr: float = 3e-4
+    warmup: int = 10  # steps of linear warm-up, then a cosine to a tenth
+    max_grad_norm: float = 1.0
+    lora: str = "none"  # none (all weights), all-linear, or d1
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    eval_every: int = 20
+    eval_problems: int = 256
+    checkpoint_every: int = 10
+    snapshots: int = 4  # evenly spaced saved policies, the last one final
+    slice_size: int = 512  # masked sequences a forward; more views than this cost one more forward each, not more memory
+    device: str = "auto"  # cuda, else mps, else cpu
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name in ("steps", "prompts", "views", "inner_steps", "eval_every", "eval_problems", "checkpoint_every", "snapshots", "slice_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.group < 2:
+            raise ValueError(f"group must be at least 2 to have an advantage, not {self.group}")
+        if self.lam < 0 or self.lr <= 0:
+            raise ValueError(f"lam must be >= 0 and lr > 0, not {self.lam} and {self.lr}")
+        task_named(self.task)
+
+    @property
+    def snapshot_steps(self) -> list[int]:
+        return sorted({round(self.steps * (i + 1) / self.snapshots) for i in range(self.snapshots)})
+
+
+def rspo(config, score, reference, advantage):
+    d = score - reference if config.use_reference else score
+    rows = torch.arange(d.shape[1], device=d.device)
+    scope = rows // config.group if config.scope == "group" else config.scope
+    return objectives.rspo(d, advantage, lam=config.lam, scope=scope, residual=config.residual)
+
+
+def reinforce_elbo(config, score, reference, advantage):
+    return objectives.reinforce_elbo(score, advantage)
+
+
+RECIPES = {"rspo": rspo, "reinforce_elbo": reinforce_elbo}
+CHOICES = {
+    "objective": RECIPES, "advantage": ADVANTAGES, "design": DESIGNS, "scope": ("batch", "group", "none"),
+    "residual": ("shared", "leave_one_out"), "score_unit": ("sequence", "token"), "zero_variance": ("keep", "skip"),
+    "lora": ("none", "all-linear", "d1"), "style": ("compact", "d1"), "dtype": ("float32", "bfloat16"),
+}  # fmt: skip
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient stopped being finite."""
+
+
+class Preempted(RuntimeError):
+    """A signal asked the run to end; its checkpoint is saved."""
+
+
+def train(config: TrainConfig, run, *, on_step: Callable[[dict], None] = lambda record: None, should_stop: Callable[[], bool] = lambda: False) -> list[dict]:
+    """Trains to `config.steps`, going on from the run's checkpoint if there is one; returns the records of metrics.jsonl.
+
+    `run` has a `path` (a folder, which gets metrics.jsonl, sequences.jsonl, timing.jsonl, checkpoint.pt and snapshots/),
+    `progress(done, total, note)` and a `stopped` flag, set when `should_stop` ended the run early.  Equal config and
+    threads give equal bits on a CPU, through any number of kills and resumes; timing.jsonl alone differs.
+
+    Raises ValueError for a checkpoint of another config, Diverged for a loss that is not finite, Preempted on SIGTERM or
+    SIGUSR2 (once the step in hand is saved).
+    """
+    device = _device(config.device)
+    policy, reference = _policies(config, device)
+    task = task_named(config.task)
+    problems, held_out = _problems(config, task)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps")
+    files = [run.path / "metrics.jsonl", run.path / "sequences.jsonl", run.path / "timing.jsonl"]
+    done = _resume(config, run.path, parameters, optimizer)
+    for file in files:
+        _keep_steps(file, done)
+    history = _read(files[0])
+    if done == 0:
+        history.append({"step": 0, "eval_solve_rate": solve_rate(policy, task, held_out, seed=config.seed, **_decoding(config, task))})
+        _append(files[0], history[-1])
+    on_step(history[-1])
+    with _signals() as received:
+        for step in range(done + 1, config.steps + 1):
+            began = time.perf_counter()
+            batch, rollout_record, advantage, reward = _roll_out(config, policy, task, problems, step)
+            rolled = time.perf_counter()
+            for inner in range(config.inner_steps):
+                record, d = _update(config, policy, reference, optimizer, parameters, batch, advantage, step, inner)
+            record = {"step": step} | rollout_record | record
+            timing = {"step": step, "rollout_s": rolled - began, "update_s": time.perf_counter() - rolled, "peak_gib": _peak_gib(device)}
+            if step % config.eval_every == 0 or step == config.steps:
+                record["eval_solve_rate"] = solve_rate(policy, task, held_out, seed=config.seed, **_decoding(config, task))
+                _append(files[1], {"step": step, "d": d.tolist(), "advantage": advantage.tolist(), "reward": reward.tolist()})
+            _append(files[0], record)
+            _append(files[2], timing)
+            history.append(record)
+            if step in config.snapshot_steps:
+                _save_snapshot(policy, run.path / "snapshots" / f"{step:06d}")
+            stopping = should_stop()
+            if step % config.checkpoint_every == 0 or step == config.steps or stopping or received:
+                _save(config, run.path, step, parameters, optimizer)
+            run.progress(step, config.steps, f"reward {record['reward']:.2f}")
+            on_step(record)
+            if received:
+                raise Preempted(f"{signal.Signals(received[0]).name} after step {step}, which is saved: run again to go on from there")
+            if stopping and step < config.steps:
+                run.stopped = True
+                break
+    return history
+
+
+def _roll_out(config, policy, task, problems, step):
+    """Completions of this step's problems, their verified rewards and advantages."""
+    chosen = torch.randperm(len(problems), generator=generator(config.seed, step, "problems"))[: config.prompts]
+    examples = [problems[i] for i in chosen.tolist() for _ in range(config.group)]
+    prompt, prompt_valid = policy.encode([task.prompt(e, config.style) for e in examples])
+    rollout = generate(
+        policy.logits, prompt, prompt_valid, mask_id=policy.mask_id, temperature=config.temperature,
+        generator=generator(config.seed, step, "rollout"), **_decoding(config, task),
+    )  # fmt: skip
+    batch = Batch(prompt, prompt_valid, rollout.completion, valid_until_end(rollout.completion, policy.tokenizer.eos_token_id))
+    rewards = [task.reward(text, e, style=config.style) for text, e in zip(policy.decode(rollout.completion), examples)]
+    reward = torch.tensor(rewards, dtype=torch.float64)
+    advantage = ADVANTAGES[config.advantage](reward, config.group)
+    silent = uninformative(reward, config.group)
+    record = {
+        "reward": reward.mean().item(),
+        "solve_rate": (reward == 1).double().mean().item(),
+        "advantage_sd": advantage.std().item(),
+        "zero_variance_groups": silent.mean().item(),
+        "length": batch.valid.sum(1).double().mean().item(),
+        "confidence": rollout.confidence.mean().item(),
+    }
+    if config.zero_variance == "skip":
+        keep = (silent == 0).repeat_interleave(config.group).nonzero()[:, 0]
+        batch, advantage, reward = batch.rows(keep.to(batch.completion.device)), advantage[keep], reward[keep]
+    return batch, record, advantage, reward
+
+
+def _update(config, policy, reference, optimizer, parameters, batch, advantage, step, inner):
+    """One optimizer step; (what to log, d per sequence).  A batch with no row left (all skipped) changes nothing."""
+    if len(batch) == 0:
+        return {"loss": 0.0, "gradient_norm": 0.0, "lr": 0.0, "forward_passes": 0.0}, torch.zeros(0)
+    masks = DESIGNS[config.design](batch.valid.cpu(), config.views, generator=generator(config.seed, step, inner, "masks"))
+    unit = 1 / batch.valid.sum(1) if config.score_unit == "token" else torch.ones(len(batch), device=batch.completion.device)
+    with torch.no_grad():
+        baseline = elbo_draws(reference, batch, masks, slice_size=config.slice_size) * unit
+    weight = advantage.to(baseline)
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * min(1.0, step / config.warmup if config.warmup else 1.0) * _cosine(step / config.steps)
+    optimizer.zero_grad()
+    loss, score = accumulate_gradient(
+        policy, batch, masks, lambda draws: RECIPES[config.objective](config, draws * unit, baseline, weight), config.slice_size
+    )
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+    if not (math.isfinite(loss.value.item()) and math.isfinite(norm)):
+        raise Diverged(
+            f"step {step}: loss {loss.value.item()}, gradient norm {norm}; checkpoint.pt holds the last good step: lower lr or raise lam"
+        )
+    optimizer.step()
+    d = score * unit - baseline
+    record = {"loss": loss.value.item(), "gradient_norm": norm, "lr": optimizer.param_groups[0]["lr"], "forward_passes": masks.forward_passes}
+    return record | loss.log | gap_summary(d, weight, config.lam), d.mean(0)
+
+
+def accumulate_gradient(policy: DiffusionLM, batch: Batch, masks, loss_of, slice_size: int):
+    """Adds the gradient of `loss_of(draws)` to the parameters; returns (loss, draws (R, B)), both detached.
+
+    If all views fit one slice they share a graph.  If not, a first pass without gradient gives the loss and its derivative
+    by every draw, and a second one back-propagates slice by slice: the same gradient, in the memory of one slice.  (the
+    idea of BGPO, arXiv:2510.11683; exact because the model has no dropout)
+    """
+    if masks.hidden.any(-1).sum() <= slice_size:
+        draws = elbo_draws(policy, batch, masks)
+        loss = loss_of(draws)
+        loss.value.backward()
+        return objectives.Loss(loss.value.detach(), loss.log), draws.detach()
+    with torch.no_grad():
+        draws = elbo_draws(policy, batch, masks, slice_size=slice_size)
+    leaf = draws.clone().requires_grad_()
+    loss = loss_of(leaf)
+    (by_draw,) = torch.autograd.grad(loss.value, leaf)
+    for part in elbo_slices(policy, batch, masks, slice_size=slice_size):
+        (part * by_draw).sum().backward()
+    return objectives.Loss(loss.value.detach(), loss.log), draws
+
+
+def _policies(config, device):
+    """(trainable policy, frozen reference); global randomness is left alone."""
+    policy = load(config.model, device=device, dtype=getattr(torch, config.dtype))
+    if config.lora == "none":
+        return policy, reference_of(policy)
+    add_lora(policy, config.lora, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+    return policy, reference_of(policy)
+
+
+def _problems(config, task):
+    """(training, held-out) problems; a `data` file takes the place of the former and may not hold any of the latter."""
+    held_out = task.examples("test", config.eval_problems, seed=0)
+    if not config.data:
+        return task.examples("train", task.TRAIN_PROBLEMS, seed=config.seed), held_out
+    problems = task.read(config.data)
+    seen = {e.id for e in held_out}
+    problems = [e for e in problems if e.id not in seen]
+    if len(problems) < config.prompts:
+        raise ValueError(f"{config.data} holds {len(problems)} problems that are not held out, fewer than prompts = {config.prompts}")
+    return problems, held_out
+
+
+def _decoding(config, task):
+    length = config.length or task.COMPACT_LENGTH
+    return {"length": length, "block": config.block or length, "steps": config.decode_steps or length}
+
+
+def _cosine(share: float) -> float:
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _peak_gib(device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _save(config, folder: Path, step: int, parameters, optimizer) -> None:
+    """checkpoint.pt, whole or not at all."""
+    state = {"config": asdict(config), "step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}
+    partial = folder / "checkpoint.pt.partial"
+    torch.save(state, partial)
+    os.replace(partial, folder / "checkpoint.pt")
+
+
+def _resume(config, folder: Path, parameters, optimizer) -> int:
+    """Loads checkpoint.pt if there is one; the number of finished steps."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True, map_location=parameters[0].device)
+    differ = [k for k, v in asdict(config).items() if state["config"].get(k) != v]
+    if differ:
+        raise ValueError(f"{path} was made with another {', '.join(differ)}: use another run folder, or delete this one")
+    with torch.no_grad():
+        for parameter, saved in zip(parameters, state["parameters"], strict=True):
+            parameter.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def _save_snapshot(policy, folder: Path) -> None:
+    """A policy as a Hugging Face folder that appears under its name only when complete."""
+    if folder.exists():
+        return
+    partial = folder.with_suffix(".partial")
+    policy.save(partial)
+    os.replace(partial, folder)
+
+
+def _append(path: Path, record: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _keep_steps(path: Path, done: int) -> None:
+    """Drops what a killed run wrote after its checkpoint, and a half-written last line."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done] if done else []
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+
+
+class _signals:
+    """While active (in the main thread), SIGTERM and SIGUSR2 are collected instead of ending the process."""
+
+    def __enter__(self) -> list[int]:
+        self.received, self.before = [], {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR2):
+                self.before[number] = signal.signal(number, lambda n, frame: self.received.append(n))
+        return self.received
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,51 @@
+"""Shape and type annotations are checked in tests only; a small exact model to check against."""
+
+from jaxtyping import install_import_hook
+
+install_import_hook("rspo_lab", "beartype.beartype")
+
+import types  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from rspo_lab.batch import Batch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def table_denoiser(tokens: int, vocabulary: int, seed: int) -> torch.nn.Module:
+    """A float64 denoiser with independent random conditionals for every visible context: as inconsistent as can be.
+
+    Positions 0..tokens-1, ids 0..vocabulary-1; the context is the completion with `vocabulary` at hidden positions.
+    """
+
+    class Table(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            generator = torch.Generator().manual_seed(seed)
+            shape = ((vocabulary + 1) ** tokens, tokens, vocabulary)
+            self.logits = torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+
+        def forward(self, batch, hidden):
+            context = batch.completion.masked_fill(hidden, vocabulary)
+            power = (vocabulary + 1) ** torch.arange(tokens)
+            logp = self.logits[(context * power).sum(1)].log_softmax(-1)
+            return logp.gather(-1, batch.completion[..., None])[..., 0].where(hidden, 0.0)
+
+    return Table()
+
+
+def completions(rows: list[list[int]], valid: list[list[bool]] | None = None) -> Batch:
+    """A batch of given completions behind a one-token prompt."""
+    completion = torch.tensor(rows)
+    valid = torch.ones_like(completion, dtype=torch.bool) if valid is None else torch.tensor(valid)
+    prompt = torch.zeros(len(rows), 1, dtype=torch.long)
+    return Batch(prompt, prompt == 0, completion, valid)
+
+
+@pytest.fixture
+def small():
+    """4 tokens of 3 ids: a table policy, a table reference, and three completions, one of them shorter."""
+    batch = completions([[0, 1, 2, 0], [2, 2, 1, 0], [1, 0, 2, 2]], [[True] * 4, [True] * 4, [True, True, True, False]])
+    return types.SimpleNamespace(policy=table_denoiser(4, 3, 0), reference=table_denoiser(4, 3, 1), batch=batch)
