@@ -77,7 +77,7 @@ def wilson(share: float, n: int | float) -> tuple[float, float]:
     """95 % score interval for a share seen in n independent trials (E. B. Wilson, JASA 22, 1927); n need not be whole."""
     middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))  # contains the share; rounding may not
 
 
 def independent(counts: list[tuple[float, float]]) -> float:

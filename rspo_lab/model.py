@@ -9,34 +9,15 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from rspo_lab.architectures import LladaConfig, LladaForMaskedLM
 from rspo_lab.batch import Batch
 
 LORA_TARGETS = {
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "d1": ["q_proj", "k_proj", "v_proj", "up_proj"],  # the four of d1's seven names that exist in LLaDA's blocks
 }
-
-
-class LladaConfig(LlamaConfig):
-    """LLaDA's architecture is Llama's without the causal mask (arXiv:2502.09992)."""
-
-    model_type = "llada"
-    is_causal = False  # a class attribute, so that it also holds where config.json lacks the key
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self.is_causal = False
-        self.use_cache = False
-
-
-class LladaForMaskedLM(LlamaForCausalLM):
-    config_class = LladaConfig
-
-
-AutoConfig.register("llada", LladaConfig, exist_ok=True)
-AutoModelForCausalLM.register(LladaConfig, LladaForMaskedLM, exist_ok=True)
 
 
 class DiffusionLM(nn.Module):

@@ -1,8 +1,12 @@
 """Shape and type annotations are checked in tests only; a small exact model to check against."""
 
+from pathlib import Path
+
 from jaxtyping import install_import_hook
 
-install_import_hook("rspo_lab", "beartype.beartype")
+LIBRARY = Path(__file__).parent.parent / "rspo_lab"
+NO_HOOK = {"architectures"}  # jaxtyping would wrap the inherited dataclass initialiser of transformers' configs
+install_import_hook([f"rspo_lab.{p.stem}" for p in LIBRARY.iterdir() if p.stem not in NO_HOOK], "beartype.beartype")
 
 import types  # noqa: E402
 

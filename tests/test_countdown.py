@@ -67,7 +67,9 @@ def test_prompt_round_trips():
         numbers, target = re.fullmatch(r"(\d\d,\d\d,\d\d)=(\d\d):", countdown.prompt(example, "compact")).groups()
         assert tuple(map(int, numbers.split(","))) == example.numbers and int(target) == example.target
     published = countdown.prompt(EXAMPLE, "d1")
-    assert published.startswith("\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n\nUsing only")
+    assert published.startswith(
+        "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n\nUsing only"
+    )
     assert "the numbers [3, 7, 2], create an arithmetic expression that evaluates to exactly 23. You must" in published
     assert published.endswith("a valid answer is: <answer>\n2*4-3\n</answer>")
     with pytest.raises(ValueError, match="0-99"):
@@ -105,7 +107,20 @@ STRICT_FAULTS = {
     "no_answer": ["", "  "],
     "too_long": ["(" * 10_000 + "3*7+2" + ")" * 10_000, "3" * 1_000_000, "9**" * 100 + "9"],
     "not_ascii": ["٣*٧+٢", "３*７+２", "3×7+2", "3*7\u00a0+2 2"],
-    "unparsable": ["9**9**9", "1//1", "__import__('os')", "3*7+2=23", "+3*7+2", "-3+7*2", "3*(7)2", "(3*7+2", "3*7+2)", "3*7+", "()", "3.0*7+2"]
+    "unparsable": [
+        "9**9**9",
+        "1//1",
+        "__import__('os')",
+        "3*7+2=23",
+        "+3*7+2",
+        "-3+7*2",
+        "3*(7)2",
+        "(3*7+2",
+        "3*7+2)",
+        "3*7+",
+        "()",
+        "3.0*7+2",
+    ]
     + ["0x3*7+2", "3_0*7", "3,7,2", "lambda: 3", "a.b", "3*7+2;", "1e9", "(" * 90, "3*7+~2", "3 7+2"],
     "wrong_numbers": ["3*7", "3*7+2+0", "3*7+2*1", "23", "37+2", "3*7+7"],
     "division_by_zero": ["7/(3-3)"],

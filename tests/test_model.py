@@ -1,0 +1,125 @@
+"""The wrapper against the plain Hugging Face model, checkpoints, padding, adapters, and what must be refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rspo_lab.batch import Batch, valid_until_end
+from rspo_lab.model import add_lora, load, reference_of, tiny
+
+
+@pytest.fixture
+def model():
+    return tiny("0123456789=", seed=0, layers=2, width=32)
+
+
+def example_batch(model, prompts, length=6):
+    prompt, prompt_valid = model.encode(prompts)
+    completion = torch.randint(4, 15, (len(prompts), length), generator=torch.Generator().manual_seed(0))
+    return Batch(prompt, prompt_valid, completion, torch.ones_like(completion, dtype=torch.bool))
+
+
+def test_scores_equal_the_full_logits(model):
+    """The head on hidden rows only gives what log-softmax over all positions gives, with the mask id excluded."""
+    batch = example_batch(model, ["12=", "34="])
+    hidden = torch.rand(2, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    ids = torch.cat([batch.prompt, batch.completion.masked_fill(hidden, model.mask_id)], 1)
+    logits = model.hf(input_ids=ids).logits[:, 3:].clone()
+    logits[..., model.mask_id] = -torch.inf
+    expected = logits.log_softmax(-1).gather(-1, batch.completion[..., None])[..., 0].where(hidden, 0.0)
+    assert torch.allclose(model(batch, hidden), expected, atol=1e-5)
+    assert (model.logits(ids, batch.prompt_valid, 3, 9)[..., model.mask_id] == -torch.inf).all()
+
+
+def test_left_padding_changes_no_score(model):
+    batch, hidden = example_batch(model, ["12=", "1234567="]), torch.ones(2, 6, dtype=torch.bool)
+    prompt, prompt_valid = model.encode(["12="])
+    alone = Batch(prompt, prompt_valid, batch.completion[:1], batch.valid[:1])
+    assert torch.allclose(model(batch, hidden)[0], model(alone, hidden[:1])[0], atol=1e-5)
+
+
+def test_every_position_sees_every_other(model):
+    batch = example_batch(model, ["12="])
+    changed = Batch(batch.prompt, batch.prompt_valid, batch.completion.clone(), batch.valid)
+    changed.completion[0, 5] = batch.completion[0, 5] % 10 + 4
+    hidden = torch.tensor([[True] + [False] * 5])
+    assert model(batch, hidden)[0, 0] != model(changed, hidden)[0, 0]
+
+
+def test_checkpoint_round_trip(model, tmp_path):
+    model.save(tmp_path)
+    again, batch = load(tmp_path), example_batch(model, ["12="])
+    assert torch.equal(model(batch, batch.valid), again(batch, batch.valid))
+    assert again.decode(again.encode(["0123=9"])[0]) == ["0123=9"]
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llada"
+
+
+def test_initialisation_is_keyed_and_leaves_the_global_generator(model):
+    before = torch.random.get_rng_state()
+    again, other = tiny("0123456789=", seed=0, layers=2, width=32), tiny("0123456789=", seed=1, layers=2, width=32)
+    add_lora(other, "d1", rank=2, alpha=4.0, seed=0)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
+def test_damaged_checkpoints_are_refused(model, tmp_path, damage):
+    model.save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if damage == "missing":
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+    elif damage == "unexpected":
+        tensors["model.layers.1.mlp.extra.weight"] = torch.zeros(2)
+    else:
+        tensors["model.norm.weight"] = torch.zeros(7)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError)):
+        load(tmp_path)
+
+
+def test_causal_models_are_refused(model, tmp_path):
+    config = LlamaConfig(vocab_size=15, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="causal"):
+        load(tmp_path)
+
+
+def test_mask_tokens_in_prompts_are_refused(model):
+    for text in ("1<mask>2", "12ä"):
+        with pytest.raises(ValueError, match="cannot write"):
+            model.encode([text])
+
+
+def test_lora_trains_only_adapters_and_its_reference_is_the_base(model):
+    batch = example_batch(model, ["12="])
+    before = model(batch, batch.valid).detach()
+    add_lora(model, "all-linear", rank=2, alpha=4.0, seed=0)
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert names and all("lora_" in n for n in names)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+    assert not torch.allclose(model(batch, batch.valid), before, atol=1e-3)
+    assert torch.equal(reference_of(model)(batch, batch.valid), before)
+    with pytest.raises(ValueError, match="all-linear, d1"):
+        add_lora(tiny("01=", seed=0, layers=1, width=32), "d2", rank=2, alpha=4.0, seed=0)
+
+
+def test_a_full_reference_stays_when_the_policy_moves(model):
+    batch, reference = example_batch(model, ["12="]), reference_of(model)
+    before = reference(batch, batch.valid)
+    with torch.no_grad():
+        model.hf.lm_head.weight.add_(0.1 * torch.randn(15, 32, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(reference(batch, batch.valid), before) and not before.requires_grad
+    assert not torch.equal(model(batch, batch.valid), before)
+
+
+def test_valid_ends_with_the_first_end_token():
+    completion = torch.tensor([[5, 1, 6, 1], [5, 6, 7, 8], [1, 1, 1, 1]])
+    assert valid_until_end(completion, 1).tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
+    assert valid_until_end(completion, None).all()

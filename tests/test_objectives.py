@@ -1,0 +1,113 @@
+"""Gradient identities in float64, and each method in the limit where it becomes its neighbour."""
+
+import pytest
+import torch
+from test_estimators import count_support
+
+from rspo_lab.advantages import ADVANTAGES, leave_one_out, mean_centred, softmax, standardized, uninformative
+from rspo_lab.estimators import log_ratio_draws
+from rspo_lab.objectives import reinforce_elbo, rspo
+from rspo_lab.oracle import exact_elbo
+
+
+def features(replicates, rows, seed=0):
+    """A linear model of the draws: d = phi @ theta, so that gradients with respect to theta are plain sums."""
+    generator = torch.Generator().manual_seed(seed)
+    phi = torch.randn(replicates, rows, 5, dtype=torch.float64, generator=generator)
+    theta = torch.randn(5, dtype=torch.float64, generator=generator, requires_grad=True)
+    return phi, theta, torch.randn(rows, dtype=torch.float64, generator=generator)
+
+
+def gradient(value, theta):
+    return torch.autograd.grad(value, theta)[0]
+
+
+SCOPES = {"batch": torch.zeros(6, dtype=torch.long), "group": torch.tensor([0, 0, 1, 1, 1, 2]), "none": None}
+
+
+@pytest.mark.parametrize("name", SCOPES)
+@pytest.mark.parametrize("lam", [0.01, 0.5, 3.0])
+def test_gradient_is_that_of_the_squared_gap(name, lam):
+    """grad L = lam grad 1/2 mean (d_hat - A/lam)^2, to 1e-10."""
+    phi, theta, advantage = features(1, 6)
+    d = (phi @ theta)[0]
+    if name == "none":
+        centre = torch.zeros_like(d)
+    else:
+        centre = torch.stack([d[SCOPES[name] == SCOPES[name][i]].mean() for i in range(6)]).detach()
+    square = lam * 0.5 * ((d - centre - advantage / lam) ** 2).mean()
+    loss = rspo(phi @ theta, advantage, lam=lam, scope=SCOPES["group"] if name == "group" else name)
+    assert torch.allclose(gradient(loss.value, theta), gradient(square, theta), atol=1e-10, rtol=0)
+
+
+def test_lam_zero_is_reinforce_on_the_elbo():
+    phi, theta, advantage = features(3, 6)
+    plain = rspo(phi @ theta - 1.7, advantage - advantage.mean(), lam=0.0)
+    ascent = reinforce_elbo(phi @ theta, advantage - advantage.mean())
+    assert torch.allclose(gradient(plain.value, theta), gradient(ascent.value, theta), atol=1e-12)
+
+
+def test_update_vanishes_at_the_target():
+    """If every d_hat is A/lam there is nothing left to learn, however large the advantage."""
+    advantage = torch.tensor([3.0, -1.0, -2.0], dtype=torch.float64)
+    d = (advantage / 0.25)[None].requires_grad_()
+    loss = rspo(d, advantage, lam=0.25)
+    assert torch.allclose(gradient(loss.value, d), torch.zeros_like(d), atol=1e-12)
+    assert loss.log == {"weight_rms": pytest.approx(0, abs=1e-12), "sign_flips": 0.0}
+
+
+def test_sign_flips_counts_overshot_rows():
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    d = torch.tensor([[30.0, 1.0, -1.0, -30.0]], dtype=torch.float64)
+    assert rspo(d, advantage, lam=0.1).log["sign_flips"] == 0.5
+
+
+@pytest.mark.parametrize("residual, bias", [("leave_one_out", False), ("shared", True)])
+def test_leave_one_out_is_unbiased_for_the_true_square_and_shared_is_not(residual, bias, small):
+    """Expectation over every pair of count masks, on a real model: gradient of lam/2 (E d - A/lam)^2, plus, if shared,
+    lam/2 grad Var[d] / R."""
+    batch, advantage, lam = small.batch.rows([0]), torch.tensor([0.7], dtype=torch.float64), 0.4
+    masks, law = count_support(4)
+    d = log_ratio_draws(small.policy, small.reference, batch, masks)[:, 0]
+    first, second = torch.meshgrid(torch.arange(len(d)), torch.arange(len(d)), indexing="ij")
+    pairs = torch.stack([d[first.flatten()], d[second.flatten()]])  # two replicates, one column a pair of masks
+    probability = law[first.flatten()] * law[second.flatten()]
+    each = [rspo(pairs[:, i : i + 1], advantage, lam=lam, scope="none", residual=residual).value for i in range(pairs.shape[1])]
+    (mean_gradient,) = torch.autograd.grad((torch.stack(each) * probability).sum(), small.policy.logits, retain_graph=True)
+    exact = exact_elbo(small.policy, batch)[0] - exact_elbo(small.reference, batch)[0].detach()
+    (target,) = torch.autograd.grad(lam * 0.5 * (exact - advantage[0] / lam) ** 2, small.policy.logits, retain_graph=True)
+    variance = (law * d**2).sum() - (law * d).sum() ** 2
+    (extra,) = torch.autograd.grad(lam * 0.5 * variance / 2, small.policy.logits)
+    assert torch.allclose(mean_gradient, target + extra if bias else target, atol=1e-12)
+    assert extra.abs().max() > 1e-3
+
+
+def test_bad_input_is_refused():
+    d, advantage = torch.zeros(1, 2), torch.zeros(2)
+    with pytest.raises(ValueError, match="at least 2 replicates"):
+        rspo(d, advantage, lam=0.1, residual="leave_one_out")
+    with pytest.raises(ValueError, match="lam must be >= 0"):
+        rspo(d, advantage, lam=-1.0)
+
+
+def test_advantages_by_hand():
+    reward = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    third = 1 / 3
+    assert mean_centred(reward, 3).tolist() == pytest.approx([2 * third, -third, -third, 0, 0, 0])
+    assert leave_one_out(reward, 3).tolist() == pytest.approx([1, -0.5, -0.5, 0, 0, 0])
+    assert standardized(reward, 3).tolist() == pytest.approx([2 / 3**0.5, -1 / 3**0.5, -1 / 3**0.5, 0, 0, 0])
+    assert uninformative(reward, 3).tolist() == [0, 1]
+    weights = torch.tensor([2 * third, -third, -third], dtype=torch.float64)
+    assert softmax(reward, 3)[:3].tolist() == pytest.approx((weights.softmax(0) - (-weights).softmax(0)).tolist())
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_agreeing_groups_have_exactly_no_advantage(name):
+    """Also for rewards whose mean is not a binary fraction; and every group's advantages sum to 0."""
+    reward = torch.tensor([0.1] * 3 + [0.7, 0.1, 0.3])
+    advantage = ADVANTAGES[name](reward, 3)
+    assert (advantage[:3].abs() < 1e-7).all() and abs(advantage[3:].sum().item()) < 1e-6
+    if name == "standardized":
+        assert (advantage[:3] == 0).all()
+    with pytest.raises(ValueError, match="groups of 4"):
+        ADVANTAGES[name](reward, 4)

@@ -1,0 +1,99 @@
+"""The vectorised sampler against a slow one written from the published description, and against its stated law."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from rspo_lab.model import tiny
+from rspo_lab.rollout import generate
+
+
+def slow(model, prompt, prompt_valid, length, block, steps):
+    """One row, greedy: plain loops over LLaDA's published procedure (its released generate.py, block by block)."""
+    ids = torch.cat([prompt, torch.full((length,), model.mask_id)])
+    order, blocks = [None] * length, length // block
+    per_block = steps // blocks
+    for b in range(blocks):
+        here = range(len(prompt) + b * block, len(prompt) + (b + 1) * block)
+        base, extra = divmod(block, per_block)
+        for n in range(per_block):
+            prob = model.logits(ids[None], prompt_valid[None], 0, len(ids))[0].softmax(-1)
+            masked = [i for i in here if ids[i] == model.mask_id]
+            masked.sort(key=lambda i: -prob[i].max().item())
+            for i in masked[: base + (n < extra)]:
+                ids[i] = prob[i].argmax()
+                order[i - len(prompt)] = b * per_block + n
+    return ids[len(prompt) :], order
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("0123456789=", seed=3, layers=2, width=32)
+
+
+@pytest.mark.parametrize("length, block, steps", [(8, 8, 8), (8, 4, 4), (8, 4, 8), (9, 9, 2), (12, 4, 9)])
+def test_greedy_equals_the_slow_sampler(model, length, block, steps):
+    prompt, prompt_valid = model.encode(["12=", "345678=", "9="])
+    rollout = generate(
+        model.logits, prompt, prompt_valid, mask_id=model.mask_id, length=length, block=block, steps=steps, temperature=0.0,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    for row in range(3):
+        ids, order = slow(model, prompt[row], prompt_valid[row], length, block, steps)
+        assert rollout.completion[row].tolist() == ids.tolist()
+        assert rollout.step[row].tolist() == order
+    assert model.mask_id not in rollout.completion
+
+
+def test_padding_does_not_change_a_completion(model):
+    alone, together = model.encode(["9="]), model.encode(["9=", "0123456789="])
+    rollouts = [
+        generate(model.logits, *encoded, mask_id=model.mask_id, length=8, block=4, steps=8, temperature=0.0, generator=torch.Generator())
+        for encoded in (alone, together)
+    ]
+    assert rollouts[0].completion[0].tolist() == rollouts[1].completion[0].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_samples_follow_the_stated_law(temperature):
+    """Two positions, three ids, two steps: every string's frequency against the law summed over tokens and order by hand."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(4, 4, 2, 3, generator=generator)  # logits given what stands at both positions (3 = mask)
+
+    def logits(ids, prompt_valid, start, stop):
+        return table[ids[:, 1], ids[:, 2]]
+
+    law = dict.fromkeys(itertools.product(range(3), repeat=2), 0.0)
+    first = (table[3, 3] / temperature).softmax(-1)
+    confidence = table[3, 3].softmax(-1)
+    for a, b in law:  # both positions draw; the one with the more confident draw stays, the other is drawn again
+        p = first[0, a].item() * first[1, b].item()
+        if confidence[0, a] >= confidence[1, b]:
+            for other in range(3):
+                law[a, other] += p * (table[a, 3, 1] / temperature).softmax(-1)[other].item()
+        else:
+            for other in range(3):
+                law[other, b] += p * (table[3, b, 0] / temperature).softmax(-1)[other].item()
+    rows = 40_000
+    prompt = torch.zeros(rows, 1, dtype=torch.long)
+    before = torch.random.get_rng_state()
+    rollout = generate(
+        logits, prompt, prompt == 0, mask_id=3, length=2, block=2, steps=2, temperature=temperature,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    assert torch.equal(before, torch.random.get_rng_state())
+    seen = torch.bincount(rollout.completion[:, 0] * 3 + rollout.completion[:, 1], minlength=9)
+    expected = torch.tensor([law[s] for s in sorted(law)]) * rows
+    assert math.isclose(sum(law.values()), 1, abs_tol=1e-6)
+    assert ((seen - expected) ** 2 / expected).sum() < 32  # 8 degrees of freedom, 99.99 %
+
+
+@pytest.mark.parametrize("bad, match", [(dict(block=3), "multiple of block"), (dict(steps=3, block=4), "multiple of the 2 blocks"),
+                                        (dict(steps=16), "from 1 to 8"), (dict(temperature=-1.0), "temperature")])  # fmt: skip
+def test_impossible_schedules_are_refused(model, bad, match):
+    prompt, prompt_valid = model.encode(["1="])
+    schedule = {"length": 8, "block": 8, "steps": 8, "temperature": 0.0} | bad
+    with pytest.raises(ValueError, match=match):
+        generate(model.logits, prompt, prompt_valid, mask_id=model.mask_id, generator=torch.Generator(), **schedule)
