@@ -4,16 +4,22 @@ Shapes: B sequences, P prompt tokens (left-padded), L completion tokens, V vocab
 """
 
 import copy
+import sys
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 from rspo_lab.architectures import LladaConfig, LladaForMaskedLM
 from rspo_lab.batch import Batch
 
+if not sys.stderr.isatty():  # bars only where somebody watches them move
+    hf_logging.disable_progress_bar()
+
+DATA = Path(__file__).parent.parent / "data"
 LORA_TARGETS = {
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "d1": ["q_proj", "k_proj", "v_proj", "up_proj"],  # the four of d1's seven names that exist in LLaDA's blocks
@@ -97,10 +103,12 @@ class DiffusionLM(nn.Module):
 
 
 def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionLM:
-    """A checkpoint from a local folder or a hub name; strict about its tensors and about its attention.
+    """A checkpoint from a local folder, one of the project's own (`base-sudoku`), or a hub name; strict about what it finds.
 
-    Raises ValueError for tensors that are missing, unexpected or of another shape, and for a causal model.
+    Raises FileNotFoundError for a folder that is not there, ValueError for tensors that are missing, unexpected or of
+    another shape, and for a causal model.
     """
+    name = _find(name)
     hf, found = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, trust_remote_code=False
     )
@@ -110,6 +118,16 @@ def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     _assert_bidirectional(hf, str(name))
     return DiffusionLM(hf.eval(), tokenizer).to(device)
+
+
+def _find(name: str | Path) -> str | Path:
+    """A folder if there is one, else what can only be a hub name: "owner/model"."""
+    for folder in (Path(name), DATA / name):
+        if (folder / "config.json").is_file():
+            return folder
+    if Path(name).is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
+        raise FileNotFoundError(f"no model at {name}: give a folder with config.json, one of data/base-*, or a hub name owner/model")
+    return name
 
 
 def tiny(chars: str, *, seed: int, layers: int = 3, width: int = 96) -> DiffusionLM:

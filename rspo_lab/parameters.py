@@ -32,6 +32,11 @@ class Parameter:
     default: Any
     comment: str = ""
 
+    @property
+    def required(self) -> bool:
+        """Whether a value must be given (only configs have such parameters)."""
+        return self.default is dataclasses.MISSING
+
 
 def declared(notebook: Path | str) -> dict[str, Parameter]:
     """The parameters a notebook declares, in order: the literal assignments of its cell tagged `parameters`."""
@@ -82,7 +87,7 @@ def complete(parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> d
     for name in given:
         if name not in parameters:
             raise unknown(name, parameters)
-    if missing := [p.name for p in parameters.values() if p.default is dataclasses.MISSING and p.name not in given]:
+    if missing := [p.name for p in parameters.values() if p.required and p.name not in given]:
         raise ParameterError(f"no value for {', '.join(missing)}: give -p {missing[0]} VALUE")
     return {name: check(p, given.get(name, p.default)) for name, p in parameters.items()}
 

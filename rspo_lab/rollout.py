@@ -32,12 +32,16 @@ def generate(
     steps: int,
     temperature: float,
     generator: torch.Generator,
+    threshold: float = 1.0,
 ) -> Rollout:
     """Low-confidence remasking in blocks.  (LLaDA, arXiv:2502.09992, Alg. 5; the schedule of its released sampler)
 
-    Each block of `block` tokens takes steps * block / length steps.  A step draws a token for every masked position of
+    Each block of `block` tokens takes n = steps * block / length steps.  A step draws a token for every masked position of
     the block from softmax(logits / temperature), the arg max at temperature 0, and keeps those with the highest untempered
-    probability: block // n of them, one more in each of the first block % n of the block's n steps.  Ties go to the left.
+    probability: block // n of them, one more in each of the first block % n steps.  Ties go to the left.
+
+    Below 1, `threshold` also keeps every token more probable than it (Fast-dLLM, arXiv:2505.22618), and a row whose block
+    is full costs no further forward.  That is no longer the published sampler; how far off is measured in notebook 01.
 
     The draw is by inverse CDF with one uniform number a position: the law of the published Gumbel arg max at 1/V of its
     random numbers, and the same numbers on every device.  Logits of -inf are never drawn.
@@ -47,21 +51,25 @@ def generate(
     ids = torch.cat([prompt, prompt.new_full((rows, length), mask_id)], 1)
     unmasked_at = torch.zeros(rows, length, dtype=torch.long, device=prompt.device)
     confidence = torch.zeros(rows, length, device=prompt.device)
-    masked = torch.ones(rows, length, dtype=torch.bool, device=prompt.device)
     for b in range(blocks):
-        here = slice(b * block, (b + 1) * block)
-        start = width + b * block
+        here, start = slice(b * block, (b + 1) * block), width + b * block
+        masked = torch.ones(rows, block, dtype=torch.bool, device=prompt.device)
         for n in range(per_block):
-            keep = block // per_block + (n < block % per_block)
-            block_logits = logits(ids, prompt_valid, start, start + block).float()
+            most = block // per_block + (n < block % per_block)
             uniform = torch.rand(rows, block, generator=generator, dtype=torch.float64).to(prompt.device)
-            token = _draw(block_logits, uniform, temperature)
+            open_rows = masked.any(1).nonzero()[:, 0]
+            if not len(open_rows):
+                break
+            block_logits = logits(ids[open_rows], prompt_valid[open_rows], start, start + block).float()
+            token = _draw(block_logits, uniform[open_rows], temperature)
             prob = block_logits.softmax(-1).gather(-1, token[..., None])[..., 0]
-            best = prob.masked_fill(~masked[:, here], -1.0).argsort(dim=-1, descending=True, stable=True)[:, :keep]
-            ids[:, start : start + block].scatter_(1, best, token.gather(1, best))
-            unmasked_at[:, here].scatter_(1, best, b * per_block + n)
-            confidence[:, here].scatter_(1, best, prob.gather(1, best))
-            masked[:, here].scatter_(1, best, False)
+            left = masked[open_rows]
+            rank = prob.masked_fill(~left, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+            keep = left & ((rank < most) | (prob > threshold))
+            ids[open_rows, start : start + block] = token.where(keep, ids[open_rows, start : start + block])
+            unmasked_at[open_rows, here] = unmasked_at[open_rows, here].masked_fill(keep, b * per_block + n)
+            confidence[open_rows, here] = prob.where(keep, confidence[open_rows, here])
+            masked[open_rows] = left & ~keep
     return Rollout(ids[:, width:], unmasked_at, confidence)
 
 

@@ -45,6 +45,7 @@ class TrainConfig:
     block: int = 0  # tokens a decoding block; 0 is the whole completion
     decode_steps: int = 0  # denoising steps a completion; 0 is one a token
     temperature: float = 1.0
+    threshold: float = 1.0  # below 1, rollouts also unmask every token more confident than this at once (faster)
     objective: str = "rspo"
     lam: float = 0.03  # nats^-1 in the score's unit
     advantage: str = "standardized"
@@ -63,6 +64,7 @@ class TrainConfig:
     lora_rank: int = 16
     lora_alpha: float = 32.0
     eval_every: int = 20
+    eval_steps: int = 0  # denoising steps of the greedy held-out evaluation; 0 is one a token
     eval_problems: int = 256
     checkpoint_every: int = 10
     snapshots: int = 4  # evenly spaced saved policies, the last one final
@@ -137,7 +139,7 @@ def train(config: TrainConfig, run, *, on_step: Callable[[dict], None] = lambda 
         _keep_steps(file, done)
     history = _read(files[0])
     if done == 0:
-        history.append({"step": 0, "eval_solve_rate": solve_rate(policy, task, held_out, seed=config.seed, **_decoding(config, task))})
+        history.append({"step": 0, "eval_solve_rate": _evaluate(config, policy, task, held_out)})
         _append(files[0], history[-1])
     on_step(history[-1])
     with _signals() as received:
@@ -150,7 +152,7 @@ def train(config: TrainConfig, run, *, on_step: Callable[[dict], None] = lambda 
             record = {"step": step} | rollout_record | record
             timing = {"step": step, "rollout_s": rolled - began, "update_s": time.perf_counter() - rolled, "peak_gib": _peak_gib(device)}
             if step % config.eval_every == 0 or step == config.steps:
-                record["eval_solve_rate"] = solve_rate(policy, task, held_out, seed=config.seed, **_decoding(config, task))
+                record["eval_solve_rate"] = _evaluate(config, policy, task, held_out)
                 _append(files[1], {"step": step, "d": d.tolist(), "advantage": advantage.tolist(), "reward": reward.tolist()})
             _append(files[0], record)
             _append(files[2], timing)
@@ -176,7 +178,7 @@ def _roll_out(config, policy, task, problems, step):
     examples = [problems[i] for i in chosen.tolist() for _ in range(config.group)]
     prompt, prompt_valid = policy.encode([task.prompt(e, config.style) for e in examples])
     rollout = generate(
-        policy.logits, prompt, prompt_valid, mask_id=policy.mask_id, temperature=config.temperature,
+        policy.logits, prompt, prompt_valid, mask_id=policy.mask_id, temperature=config.temperature, threshold=config.threshold,
         generator=generator(config.seed, step, "rollout"), **_decoding(config, task),
     )  # fmt: skip
     batch = Batch(prompt, prompt_valid, rollout.completion, valid_until_end(rollout.completion, policy.tokenizer.eos_token_id))
@@ -191,6 +193,7 @@ def _roll_out(config, policy, task, problems, step):
         "zero_variance_groups": silent.mean().item(),
         "length": batch.valid.sum(1).double().mean().item(),
         "confidence": rollout.confidence.mean().item(),
+        "decoding_steps": (rollout.step.max(1).values + 1).double().mean().item(),
     }
     if config.zero_variance == "skip":
         keep = (silent == 0).repeat_interleave(config.group).nonzero()[:, 0]
@@ -260,9 +263,8 @@ def _problems(config, task):
     held_out = task.examples("test", config.eval_problems, seed=0)
     if not config.data:
         return task.examples("train", task.TRAIN_PROBLEMS, seed=config.seed), held_out
-    problems = task.read(config.data)
-    seen = {e.id for e in held_out}
-    problems = [e for e in problems if e.id not in seen]
+    seen = {task.split_key(e) for e in held_out}
+    problems = [e for e in task.read(config.data) if task.split_key(e) not in seen]
     if len(problems) < config.prompts:
         raise ValueError(f"{config.data} holds {len(problems)} problems that are not held out, fewer than prompts = {config.prompts}")
     return problems, held_out
@@ -271,6 +273,13 @@ def _problems(config, task):
 def _decoding(config, task):
     length = config.length or task.COMPACT_LENGTH
     return {"length": length, "block": config.block or length, "steps": config.decode_steps or length}
+
+
+def _evaluate(config, policy, task, held_out):
+    """Greedy held-out solve rate."""
+    decoding = _decoding(config, task)
+    decoding["steps"] = config.eval_steps or decoding["length"]
+    return solve_rate(policy, task, held_out, seed=config.seed, style=config.style, **decoding)
 
 
 def _cosine(share: float) -> float:

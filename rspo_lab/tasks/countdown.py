@@ -127,6 +127,16 @@ def prompt(example: Example, style: str) -> str:
     return D1_PROMPT.format(numbers=list(example.numbers), target=example.target)
 
 
+def split_key(example: Example) -> tuple:
+    """What no two splits may share: the numbers in any order, and the target."""
+    return tuple(sorted(example.numbers)), example.target
+
+
+def undetermined(example: Example) -> list[bool]:
+    """Which compact tokens the prompt leaves open: all."""
+    return [True] * COMPACT_LENGTH
+
+
 def solutions(example: Example) -> list[str]:
     """All compact completions (flat, + - *, two digits a number) that hit the target; may be empty for problems from a file."""
     return list(_reachable(tuple(sorted(example.numbers))).get(example.target, []))

@@ -151,6 +151,16 @@ def prompt(example: Example, style: str) -> str:
     return D1_PROMPT.format(puzzle=example.puzzle)
 
 
+def split_key(example: Example) -> str:
+    """What no two splits may share: the solution grid."""
+    return example.solution
+
+
+def undetermined(example: Example) -> list[bool]:
+    """Which compact tokens the prompt leaves open: the blanks."""
+    return [digit == "0" for digit in example.puzzle]
+
+
 def solutions(example: Example) -> list[str]:
     """The compact completions that solve it: the stored grid (all of them, for generated puzzles)."""
     return [example.solution]

@@ -1,0 +1,212 @@
+"""The command line: `rspo-lab run | train | grade | runs | study`.
+
+Exit codes: 0 done; 1 a failure at run time; 2 bad input, with one line that says so; `run` has more (notebook.Outcome).
+Nothing heavy is imported before the input is known to be good.
+"""
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rspo_lab.parameters import Parameter, ParameterError, coerce, complete, declared, fields, unknown
+from rspo_lab.runs import RunError, load_runs, open_run, runs_root
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class UsageError(ValueError):
+    """The command line is not one of ours."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    try:
+        args = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
+        return args.command(args)
+    except OSError as error:
+        return _complain(f"{error.strerror}: {error.filename}" if error.filename else str(error), 2)
+    except (ParameterError, RunError, ValueError) as error:
+        return _complain(str(error), 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="rspo-lab", description="Reinforcement learning for diffusion language models, by notebook.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="run a notebook headless, once for given parameters")
+    run.set_defaults(command=_run)
+    run.add_argument("notebook", type=Path)
+    _add_parameters(run)
+    run.add_argument("--runs", type=Path, metavar="DIR", help="where runs go (default: runs, beside the notebooks folder)")
+    run.add_argument("--name", help="folder of the run in DIR (default: the notebook's name)")
+    run.add_argument("--timeout", type=float, metavar="S", help="end the run after S seconds")
+
+    train = commands.add_parser("train", help="train without a notebook; under torchrun or accelerate launch too")
+    train.set_defaults(command=_train)
+    train.add_argument("--run", type=Path, metavar="DIR", default=Path("runs/train/default"), help="the run's folder (default: %(default)s)")
+    _add_parameters(train)
+
+    grade = commands.add_parser("grade", help="score a file of completions")
+    grade.set_defaults(command=_grade)
+    grade.add_argument("file", type=Path)
+    grade.add_argument("--task", required=True)
+    grade.add_argument("--protocol", default="strict", help="d1 (as published) or strict (default)")
+    grade.add_argument("--json", action="store_true", help="print JSON")
+
+    runs = commands.add_parser("runs", help="what ran, and how it ended")
+    runs.set_defaults(command=_runs)
+    runs.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
+
+    study = commands.add_parser("study", help="the main results on the tiny model: train, variance, gap; figures in DIR")
+    study.set_defaults(command=_study)
+    study.add_argument("--runs", type=Path, metavar="DIR", default=Path("runs"))
+    return parser
+
+
+def _add_parameters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME VALUE", help="set a parameter")
+    parser.add_argument("--list", action="store_true", help="print the parameters, their defaults and meanings")
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`-p NAME VALUE` as one argument, -pNAME=VALUE, for argparse takes a VALUE such as -1e-4 for an option."""
+    words, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "-p":
+            if len(rest) < 2 or "=" in rest[0]:
+                raise UsageError("write -p NAME VALUE")
+            word = f"-p{rest.pop(0)}={rest.pop(0)}"
+        words.append(word)
+    return words
+
+
+def _values(parameters: Mapping[str, Parameter], given: Sequence[str]) -> dict[str, Any]:
+    """The values of NAME=VALUE words, typed as declared."""
+    values: dict[str, Any] = {}
+    for name, text in (word.split("=", 1) for word in given):
+        if name not in parameters:
+            raise unknown(name, parameters)
+        if name in values:
+            raise ParameterError(f"parameter {name} is given twice")
+        values[name] = coerce(parameters[name], text)
+    return values
+
+
+def _list(parameters: Mapping[str, Parameter]) -> int:
+    for p in parameters.values():
+        default = "" if p.required else f" = {p.default!r}"
+        print(f"{p.name}: {p.annotation}{default}" + (f"  # {p.comment}" if p.comment else ""))
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    parameters = declared(args.notebook)
+    if args.list:
+        return _list(parameters)
+    given = _values(parameters, args.given)
+    from rspo_lab.notebook import run_notebook
+
+    runs = args.runs or runs_root(args.notebook)
+    try:
+        outcome = run_notebook(
+            args.notebook, given, runs=runs, name=args.name, timeout=args.timeout, report=partial(print, flush=True)
+        )  # fmt: skip
+    except (OSError, RuntimeError) as error:
+        return _complain(f"{type(error).__name__}: {error}", 1)
+    if outcome.code:
+        return _complain(outcome.message, outcome.code)
+    print(outcome.message)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from rspo_lab.training import TrainConfig, train
+
+    parameters = fields(TrainConfig)
+    if args.list:
+        return _list(parameters)
+    params = complete(parameters, _values(parameters, args.given))
+    config = TrainConfig(**params)
+    run = open_run(args.run, params)
+    said = 0.0
+
+    def on_step(record: dict[str, Any]) -> None:
+        nonlocal said
+        if "reward" in record and time.monotonic() - said >= 5:
+            said = time.monotonic()
+            print(f"step {record['step']}/{config.steps}  reward {record['reward']:.2f}", flush=True)
+
+    try:
+        train(config, run, on_step=on_step)
+    except (Exception, KeyboardInterrupt) as error:
+        run.fail(type(error).__name__, str(error))
+        (run.path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return _complain(f"{type(error).__name__}: {error}", 130 if isinstance(error, KeyboardInterrupt) else 1)
+    run.finish()
+    print(f"done: {run.path}")
+    return 0
+
+
+def _grade(args: argparse.Namespace) -> int:
+    from rspo_lab.grading import grade
+
+    found = grade(args.file, args.task, args.protocol)
+    print(found.to_json() if args.json else found.to_text())
+    return 0
+
+
+def _runs(args: argparse.Namespace) -> int:
+    frame = load_runs(args.folder)
+    print(_table(frame) if len(frame) else f"no runs in {args.folder}")
+    return 0
+
+
+def _table(frame: "DataFrame") -> str:
+    """Columns of text: the parameters shown are those that differ between runs of one name."""
+    own = ["name", "key", "state", "progress"]
+    params = [column for column in frame if column not in [*own, "error", "path"]]
+    vary = [p for p in params if frame[p].map(repr).groupby(frame["name"]).nunique().max() > 1]
+    columns = [*own, *vary, "error"]
+    rows = [columns, *([_cell(row[column]) for column in columns] for _, row in frame.iterrows())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if value != value else f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _study(args: argparse.Namespace) -> int:
+    from rspo_lab.study import study
+
+    try:
+        return study(args.runs)
+    except (OSError, RuntimeError) as error:
+        return _complain(f"{type(error).__name__}: {error}", 1)
+
+
+def _complain(message: str, code: int) -> int:
+    """One line on stderr."""
+    print(f"rspo-lab: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""One function a figure: records or frames in, a matplotlib Figure out; no files, no global state.
+
+Log-ratios in nats, in the unit that the run's lam was chosen for.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from rspo_lab.diagnostics import calibration_line
+from rspo_lab.style import COLUMN, DESIGN_STYLE, INK, PAGE, POLICY, REFERENCE, TARGET, new_figure
+
+
+def training_figure(history: list[dict], lam: float) -> Figure:
+    """Six panels of one run: reward and held-out solve rate, d, gap to the target, mask noise, correction, gradient."""
+    frame = pd.DataFrame(history)
+    with new_figure(PAGE, 3.3) as figure:
+        axes = figure.subplots(2, 3)
+        _line(axes[0, 0], frame, "reward", POLICY, "sampled reward", smooth=True)
+        _line(axes[0, 0], frame, "eval_solve_rate", TARGET, "held-out solve rate (greedy)", marker="o")
+        axes[0, 0].set(title="Reward", ylim=(0, 1))
+        _line(axes[0, 1], frame, "d_mean", POLICY, "mean d", smooth=True)
+        axes[0, 1].axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
+        axes[0, 1].set(title="On-policy d (≥ 0 if the ELBO is tight)", ylabel="nats")
+        if lam > 0:
+            _line(axes[0, 2], frame, "target_rms", TARGET, "target A/λ", smooth=True)
+            _line(axes[0, 2], frame, "gap_rms", POLICY, "gap A/λ − d̂", smooth=True)
+        _line(axes[0, 2], frame, "d_sd", INK, "estimate d̂", smooth=True)
+        axes[0, 2].set(title="Target, estimate, gap", ylabel="rms, nats", yscale="log")
+        _line(axes[1, 0], frame, "mask_sd", POLICY, "sd of one replicate of d", smooth=True)
+        axes[1, 0].set(title="Mask noise", ylabel="nats", xlabel="step", ylim=(0, None))
+        _line(axes[1, 1], frame, "calibration_ratio", POLICY, "λ sd(d̂) / sd(A)", smooth=True)
+        _line(axes[1, 1], frame, "sign_flips", TARGET, "share of sign flips", smooth=True)
+        axes[1, 1].set(title="How much λ corrects", xlabel="step", ylim=(0, None))
+        _line(axes[1, 2], frame, "gradient_norm", POLICY, "gradient norm before clipping", smooth=True)
+        axes[1, 2].set(title="Gradient", xlabel="step", yscale="log")
+        for axis in axes.flat:
+            axis.set_xlim(0, max(1, frame["step"].max()))
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(loc="best")
+    return figure
+
+
+def learning_figure(runs: dict[str, list[dict]], colours: dict[str, str], title: str) -> Figure:
+    """Held-out solve rate against the step for several runs, and the on-policy mean of d beside it."""
+    with new_figure(PAGE, 2.1) as figure:
+        left, right = figure.subplots(1, 2)
+        for label, history in runs.items():
+            frame = pd.DataFrame(history)
+            _line(left, frame, "eval_solve_rate", colours[label], label, marker="o")
+            _line(right, frame, "d_mean", colours[label], label, smooth=True)
+        left.set(xlabel="step", ylabel="held-out solve rate", title=title)
+        right.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
+        right.set(xlabel="step", ylabel="mean of d on policy, nats", title="ELBO log-ratio to the reference", yscale="symlog")
+        left.legend()
+    return figure
+
+
+def variance_figure(results: pd.DataFrame) -> Figure:
+    """Variance against views, a panel a quantity, a line a design; whiskers are 95 %, the dashed line falls as 1/views."""
+    panels = {
+        "var_score": "score, nats²",
+        "var_d_independent": "d, masks not shared",
+        "var_d_shared": "d, shared masks",
+        "var_gradient": "RSPO gradient (trace)",
+    }
+    with new_figure(PAGE, 4.0) as figure:
+        axes = figure.subplots(2, 2)
+        for axis, (quantity, title) in zip(axes.flat, panels.items()):
+            part = results[results["quantity"] == quantity]
+            for design, rows in part.groupby("design", sort=False):
+                colour, marker = DESIGN_STYLE[design]
+                axis.errorbar(rows["cost"], rows["value"], 1.96 * rows["stderr"], color=colour, marker=marker, label=design, capsize=1.5)
+            count = part[(part["design"] == "count") & (part["views"] == part["views"].min())]
+            if len(count):
+                span = np.array([part["cost"].min(), part["cost"].max()])
+                axis.plot(span, count["value"].iloc[0] * count["cost"].iloc[0] / span, color=INK, linestyle="--", linewidth=0.7)
+            axis.set(title=f"Variance of {title}", xscale="log", yscale="log")
+            axis.set_xticks(sorted(part["views"].unique()), [str(v) for v in sorted(part["views"].unique())], minor=False)
+            axis.minorticks_off()
+        for axis in axes[1]:
+            axis.set_xlabel("forward passes a sequence (non-empty views)")
+        axes[0, 0].legend()
+    return figure
+
+
+def bias_figure(results: pd.DataFrame) -> Figure:
+    """Bias of score and d with 95 % whiskers, in standard deviations of one estimate, against the oracle."""
+    with new_figure(PAGE, 2.0) as figure:
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, quantity in zip(axes, ("bias_score", "bias_d")):
+            part = results[results["quantity"] == quantity]
+            designs = list(part["design"].unique())
+            for i, (design, rows) in enumerate(part.groupby("design", sort=False)):
+                colour, marker = DESIGN_STYLE[design]
+                place = np.arange(len(rows)) + (i - (len(designs) - 1) / 2) * 0.15
+                axis.errorbar(place, rows["value"], 1.96 * rows["stderr"], color=colour, marker=marker, linestyle="", label=design, capsize=1.5)
+                axis.set_xticks(range(len(rows)), [str(v) for v in rows["views"]])
+            axis.axhline(0, color=INK, linewidth=0.7)
+            axis.set(title=f"Bias of the {quantity.removeprefix('bias_')}, nats", xlabel="views")
+        axes[0].legend()
+    return figure
+
+
+def gap_figure(samples: pd.DataFrame, lam: float) -> Figure:
+    """Target against estimate through training: a scatter a snapshot with its calibration line, and the gap's distribution."""
+    steps = sorted(samples["step"].unique())
+    with new_figure(PAGE, 2.2) as figure:
+        axes = figure.subplots(1, len(steps) + 1, gridspec_kw={"width_ratios": [1] * len(steps) + [1.2]})
+        for axis, step in zip(axes, steps):
+            part = samples[samples["step"] == step]
+            axis.scatter(part["d_hat"], part["target"], s=6, color=POLICY, alpha=0.5, linewidths=0)
+            low, high = part["d_hat"].min(), part["d_hat"].max()
+            slope, intercept = calibration_line(part["d_hat"].to_numpy(), part["target"].to_numpy())
+            axis.plot([low, high], [intercept + slope * low, intercept + slope * high], color=TARGET, label=f"slope {slope:.2g}")
+            axis.axline((0, 0), slope=1, color=INK, linewidth=0.7, linestyle="--")
+            axis.set(title=f"step {step}", xlabel="estimate d̂, nats")
+            axis.legend(loc="upper left")
+        axes[0].set_ylabel("target A/λ, nats")
+        axes[-1].boxplot([samples[samples["step"] == s]["gap"] for s in steps], tick_labels=[str(s) for s in steps], whis=(5, 95), sym="")
+        axes[-1].set(title="gap A/λ − d̂, nats", xlabel="step")
+    return figure
+
+
+def exact_figure(samples: pd.DataFrame) -> Figure:
+    """Estimated d, exact ELBO difference and exact log-ratio against each other, a row a comparison, a column a snapshot."""
+    steps = sorted(samples["step"].unique())
+    pairs = [("d_estimate", "d_exact", "estimate", "exact ELBO ratio"), ("d_exact", "log_ratio", "exact ELBO ratio", "exact log π/π_ref")]
+    with new_figure(PAGE, 3.4) as figure:
+        axes = figure.subplots(2, len(steps), squeeze=False)
+        for row, (x, y, x_label, y_label) in zip(axes, pairs):
+            for axis, step in zip(row, steps):
+                part = samples[samples["step"] == step]
+                for won, colour in ((0, TARGET), (1, POLICY)):
+                    some = part[(part["reward"] == 1) == won]
+                    axis.scatter(some[x], some[y], s=6, alpha=0.5, color=colour, linewidths=0, label="solved" if won else "not solved")
+                axis.axline((0, 0), slope=1, color=INK, linewidth=0.7, linestyle="--")
+                slope, _ = calibration_line(part[x].to_numpy(), part[y].to_numpy())
+                r = np.corrcoef(part[x], part[y])[0, 1]
+                axis.set(title=f"step {step}: slope {slope:.2f}, r {r:.2f}", xlabel=f"{x_label}, nats")
+            row[0].set_ylabel(f"{y_label}, nats")
+        axes[0, 0].legend()
+    return figure
+
+
+def pretraining_figure(records: list[dict]) -> Figure:
+    """Cross-entropy and solve rate of a base model against the step."""
+    frame = pd.DataFrame(records)
+    with new_figure(PAGE, 1.9) as figure:
+        left, right = figure.subplots(1, 2)
+        _line(left, frame, "loss", POLICY, "loss", marker="o")
+        left.set(title="Cross-entropy of a hidden token, nats", xlabel="step", yscale="log")
+        _line(right, frame, "solve_rate", TARGET, "solve rate", marker="o")
+        right.set(title="Solve rate on unseen problems (greedy)", xlabel="step", ylim=(0, 1))
+    return figure
+
+
+def decoding_figure(tokens: list[str], order: list[int], confidence: list[float], title: str) -> Figure:
+    """One completion as it was decoded: a row a step, the tokens that stand by then, darker the more confident."""
+    steps = max(order) + 1
+    shade = np.full((steps, len(tokens)), np.nan)
+    for place, (at, sure) in enumerate(zip(order, confidence)):
+        shade[at:, place] = sure
+    with new_figure(PAGE, 0.7 + 0.16 * steps) as figure:
+        axis = figure.subplots()
+        image = axis.imshow(shade, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
+        for place, (at, token) in enumerate(zip(order, tokens)):
+            for step in range(at, steps):
+                axis.text(place, step, token, ha="center", va="center", fontsize=7, fontweight="bold" if step == at else "normal")
+        axis.set(title=title, xlabel="position", ylabel="denoising step", xticks=range(len(tokens)), yticks=range(0, steps, 2))
+        axis.grid(False)
+        bar = figure.colorbar(image, ax=axis, fraction=0.04, boundaries=np.linspace(0, 1, 51))
+        bar.set_label("confidence")
+        bar.set_ticks([0, 0.5, 1])
+    return figure
+
+
+def _line(axis, frame, column, colour, label, *, marker=None, smooth=False):
+    """A column over the step; `smooth` draws its running mean over 9 steps on the pale raw values."""
+    if column not in frame or frame[column].isna().all():
+        return
+    part = frame[["step", column]].dropna()
+    if smooth and len(part) > 20:
+        axis.plot(part["step"], part[column], color=colour, alpha=0.25, linewidth=0.6)
+        part = part.assign(**{column: part[column].rolling(9, center=True, min_periods=1).mean()})
+    axis.plot(part["step"], part[column], color=colour, label=label, marker=marker)

@@ -1,0 +1,36 @@
+"""House style of the figures: sizes of a paper column, fonts that print, one colour and marker a thing everywhere."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib
+from matplotlib.figure import Figure
+
+COLUMN = 3.25  # inches: one column of ICML; NeurIPS and ICLR set 5.5 across
+PAGE = 5.5
+INK = "#444444"
+OKABE_ITO = {
+    "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue": "#0072B2", "vermillion": "#D55E00", "purple": "#CC79A7",
+}  # fmt: skip
+DESIGN_STYLE = {  # colour and marker, so that a figure also reads in grey
+    "count": (OKABE_ITO["blue"], "o"),
+    "systematic": (OKABE_ITO["green"], "s"),
+    "coupled": (OKABE_ITO["orange"], "^"),
+    "t_redraw": (OKABE_ITO["vermillion"], "D"),
+}
+POLICY, TARGET, REFERENCE = OKABE_ITO["blue"], OKABE_ITO["vermillion"], INK
+
+_RC = {
+    "figure.constrained_layout.use": True, "figure.dpi": 150, "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
+    "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False, "legend.handlelength": 1.6,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "#dddddd",
+    "axes.axisbelow": True, "lines.linewidth": 1.2, "lines.markersize": 3.5, "axes.linewidth": 0.6, "pdf.fonttype": 42,
+    "ps.fonttype": 42, "svg.fonttype": "none", "mathtext.fontset": "stix",
+}  # fmt: skip
+
+
+@contextmanager
+def new_figure(width: float, height: float) -> Iterator[Figure]:
+    """A Figure (no pyplot, so safe in threads) to fill inside the `with`; everything drawn there is in house style."""
+    with matplotlib.rc_context(_RC):
+        yield Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,200 @@
+"""Training: slices do not matter, kills do not matter, bad input and divergence say so, every field is read."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rspo_lab import training
+from rspo_lab.batch import Batch
+from rspo_lab.estimators import elbo_draws
+from rspo_lab.masks import count
+from rspo_lab.model import load, tiny
+from rspo_lab.objectives import rspo
+from rspo_lab.tasks import countdown
+from rspo_lab.training import RECIPES, Diverged, Preempted, TrainConfig, accumulate_gradient, train
+
+
+class Folder:
+    """What training asks of a run."""
+
+    def __init__(self, path):
+        self.path, self.stopped, self.seen = Path(path), False, []
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def progress(self, done, total, note=""):
+        self.seen.append(done)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny(countdown.COMPACT_CHARS, seed=0, layers=1, width=32).save(folder)
+    return str(folder)
+
+
+def config(base, **changes):
+    small = dict(model=base, task="countdown", steps=4, prompts=2, group=4, views=2, eval_every=2, eval_problems=4, warmup=0)
+    return TrainConfig(**small | {"checkpoint_every": 1, "snapshots": 2, "device": "cpu"} | changes)
+
+
+def scored_batch(model):
+    prompt, prompt_valid = model.encode(["01,02,03=06:"] * 6)
+    completion = torch.randint(4, 16, (6, 8), generator=torch.Generator().manual_seed(0))
+    return Batch(prompt, prompt_valid, completion, torch.ones_like(completion, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("residual, scope", [("shared", "batch"), ("leave_one_out", "group"), ("shared", "none")])
+def test_slices_change_neither_loss_nor_gradient(base, residual, scope):
+    """One graph of everything against four slices without it, in float64."""
+    model = load(base).double()
+    batch = scored_batch(model)
+    masks = count(batch.valid, 2, generator=torch.Generator().manual_seed(0))
+    advantage = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    ids = torch.arange(6) // 3 if scope == "group" else scope
+    results = []
+    for slice_size in (12, 3, 5):
+        model.zero_grad()
+        loss, draws = accumulate_gradient(
+            model, batch, masks, lambda s: rspo(s, advantage, lam=0.3, scope=ids, residual=residual), slice_size
+        )
+        results.append((loss.value, draws, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    direct = torch.autograd.grad(
+        rspo(elbo_draws(model, batch, masks), advantage, lam=0.3, scope=ids, residual=residual).value, list(model.parameters())
+    )
+    for value, draws, gradient in results:
+        assert abs(value - results[0][0]) < 1e-9 and torch.allclose(draws, results[0][1], atol=1e-5)
+        assert torch.allclose(gradient, torch.cat([g.flatten() for g in direct]), atol=1e-5, rtol=1e-4)
+    assert direct[0].abs().max() > 1e-4
+
+
+def test_same_seed_same_bits_and_other_slices_nearly(base, tmp_path):
+    first = train(config(base), Folder(tmp_path / "a"))
+    again = train(config(base), Folder(tmp_path / "b"))
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") and first == again
+    sliced = train(config(base, slice_size=3), Folder(tmp_path / "c"))
+    assert sliced[1]["loss"] == pytest.approx(first[1]["loss"], rel=1e-4, abs=1e-6)
+    assert [r["step"] for r in first] == [0, 1, 2, 3, 4] and {"eval_solve_rate"} <= set(first[2])
+
+
+def weights(folder):
+    return (folder / "snapshots/000004/model.safetensors").read_bytes()
+
+
+KILLED = """
+import sys; sys.path.insert(0, {tests!r})
+import torch; torch.set_num_threads(1)
+from test_training import Folder, config
+from rspo_lab.training import train
+train(config({base!r}, steps=60, snapshots=1, eval_every=20, checkpoint_every=4), Folder({folder!r}))
+"""
+
+
+def test_sigkill_and_resume_is_bitwise(base, tmp_path):
+    """Killed twice in mid-training, the run ends in the same bytes as an undisturbed one."""
+    script = [sys.executable, "-c", KILLED.format(tests=str(Path(__file__).parent), base=base, folder=str(tmp_path / "killed"))]
+    metrics = tmp_path / "killed/metrics.jsonl"
+    for steps in (6, 17):
+        process = subprocess.Popen(script, stderr=subprocess.DEVNULL)
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit and process.poll() is None:
+            if metrics.exists() and metrics.read_text().count("\n") > steps:
+                break
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    with metrics.open("a") as file:
+        file.write('{"step": 99, "half a li')  # what a kill in the middle of a write leaves
+    undisturbed = config(base, steps=60, snapshots=1, eval_every=20, checkpoint_every=4)
+    resumed = Folder(tmp_path / "killed")
+    train(undisturbed, resumed)
+    assert 1 < resumed.seen[0] <= 60
+    train(undisturbed, Folder(tmp_path / "whole"))
+    for name in ("metrics.jsonl", "sequences.jsonl", "snapshots/000060/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_stop_leaves_a_resumable_run(base, tmp_path):
+    run = Folder(tmp_path / "stopped")
+    train(config(base), run, should_stop=lambda: len(run.seen) >= 2)
+    assert run.stopped and run.seen[-1] < 4
+    again = Folder(tmp_path / "stopped")
+    train(config(base), again)
+    train(config(base), Folder(tmp_path / "whole"))
+    assert not again.stopped and weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
+def test_signal_saves_and_says_so(base, tmp_path):
+    def send(record):
+        if record["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = Folder(tmp_path / "run")
+    with pytest.raises(Preempted, match="SIGTERM after step 2.*run again"):
+        train(config(base, checkpoint_every=100), run, on_step=send)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert [r["step"] for r in train(config(base, checkpoint_every=100), Folder(tmp_path / "run"))] == [0, 1, 2, 3, 4]
+
+
+def test_another_config_is_refused(base, tmp_path):
+    train(config(base), Folder(tmp_path / "run"))
+    with pytest.raises(ValueError, match="another lam: use another run folder"):
+        train(config(base, lam=0.5), Folder(tmp_path / "run"))
+
+
+def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_path, monkeypatch):
+    def poisoned(config, score, reference, advantage):
+        loss = training.rspo(config, score, reference, advantage)
+        return dataclasses.replace(loss, value=loss.value * float("nan")) if run.seen[-1:] == [2] else loss
+
+    monkeypatch.setitem(RECIPES, "rspo", poisoned)
+    run = Folder(tmp_path / "run")
+    with pytest.raises(Diverged, match="step 3: loss nan.*last good step"):
+        train(config(base), run)
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize("changes", [
+    dict(lam=0.0), dict(objective="reinforce_elbo"), dict(use_reference=False), dict(scope="none"), dict(scope="group"),
+    dict(residual="leave_one_out"), dict(score_unit="token"), dict(zero_variance="skip"), dict(inner_steps=2), dict(design="coupled"),
+    dict(lora="all-linear", lora_rank=2), dict(advantage="leave_one_out"), dict(decode_steps=4, block=4), dict(threshold=0.1),
+])  # fmt: skip
+def test_every_option_trains(base, tmp_path, changes):
+    history = train(config(base, steps=2, **changes), Folder(tmp_path / "run"))
+    assert len(history) == 3 and all(history[2][k] is not None for k in ("loss", "reward", "lr"))
+
+
+def test_a_local_file_is_trained_on_without_the_held_out_problems(base, tmp_path):
+    held_out = countdown.examples("test", 4, seed=0)
+    rows = [{"input": "1,2,3", "output": "6"}, {"input": "4,5,6", "output": "15"}]
+    rows += [{"input": ",".join(map(str, e.numbers)), "output": str(e.target)} for e in held_out]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(ValueError, match="2 problems that are not held out, fewer than prompts = 3"):
+        train(config(base, data=str(tmp_path / "data.jsonl"), prompts=3), Folder(tmp_path / "a"))
+    train(config(base, data=str(tmp_path / "data.jsonl"), steps=1), Folder(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("changes, match", [
+    (dict(objective="ppo"), "objective must be one of rspo, reinforce_elbo, not 'ppo'"), (dict(task="sudok"), "sudoku"),
+    (dict(design="cont"), "design must be one of count"), (dict(group=1), "group must be at least 2"), (dict(lam=-1.0), "lam must be >= 0"),
+    (dict(steps=0), "steps must be at least 1"),
+])  # fmt: skip
+def test_bad_configs_are_refused_at_once(base, changes, match):
+    with pytest.raises(ValueError, match=match):
+        config(base, **changes)
+
+
+def test_every_config_field_is_read():
+    source = (Path(training.__file__)).read_text()
+    body = source[source.index("def rspo(") :] + source[source.index("def snapshot_steps") :]
+    for field in dataclasses.fields(TrainConfig):
+        assert re.search(rf"\bconfig\.{field.name}\b|self\.{field.name}\b", body), f"nothing reads TrainConfig.{field.name}"
