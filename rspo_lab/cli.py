@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train without a notebook; under torchrun or accelerate launch too")
     train.set_defaults(command=_train)
-    train.add_argument("--run", type=Path, metavar="DIR", default=Path("runs/train/default"), help="the run's folder (default: %(default)s)")
+    train.add_argument("--run", type=Path, metavar="DIR", help="the run's folder")
     _add_parameters(train)
 
     grade = commands.add_parser("grade", help="score a file of completions")
@@ -140,6 +140,8 @@ def _train(args: argparse.Namespace) -> int:
     parameters = fields(TrainConfig)
     if args.list:
         return _list(parameters)
+    if args.run is None:
+        raise UsageError("name the run's folder: --run DIR")
     params = complete(parameters, _values(parameters, args.given))
     config = TrainConfig(**params)
     run = open_run(args.run, params)

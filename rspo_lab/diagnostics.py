@@ -5,7 +5,6 @@ Shapes: R replicates, B sequences.  Log-ratios in nats, in the unit that `lam` w
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

@@ -1,34 +1,55 @@
-"""Held-out solve rates by decoding.
+"""Decoding a task's problems with a model, and solve rates.
 
 Shapes: B sequences, L completion tokens.
 """
 
 from types import ModuleType
 
+import torch
+
+from rspo_lab.batch import Batch, valid_until_end
 from rspo_lab.keys import generator
 from rspo_lab.model import DiffusionLM
-from rspo_lab.rollout import generate
+from rspo_lab.rollout import Rollout, generate
 
 
-def solved(
-    model: DiffusionLM, task: ModuleType, examples: list, *, seed: int, temperature: float = 0.0, style: str = "compact",
-    length: int | None = None, block: int | None = None, steps: int | None = None,
-) -> list[float]:  # fmt: skip
-    """Strict rewards of one completion an example: one token a step in one block, greedy, unless said otherwise."""
-    length = length or task.COMPACT_LENGTH
-    rewards = []
+def complete(
+    model: DiffusionLM, task: ModuleType, examples: list, *, style: str, length: int, block: int, steps: int,
+    temperature: float, threshold: float, generator: torch.Generator,
+) -> tuple[Batch, Rollout]:  # fmt: skip
+    """One completion an example, as the batch that estimators score and with how it was decoded.
+
+    In compact style decoding starts from the task's canvas, and only the tokens written are scored; else from all masks.
+    """
+    prompt, prompt_valid = model.encode([task.prompt(e, style) for e in examples])
+    if style == "compact":
+        canvas = model.encode_canvas([task.canvas(e) for e in examples])
+    else:
+        canvas = torch.full((len(examples), length), model.mask_id, device=model.device)
+    rollout = generate(
+        model.logits, prompt, prompt_valid, canvas=canvas, mask_id=model.mask_id, block=block or canvas.shape[1],
+        steps=steps or canvas.shape[1], temperature=temperature, threshold=threshold, generator=generator,
+    )  # fmt: skip
+    valid = valid_until_end(rollout.completion, model.tokenizer.eos_token_id) & (canvas == model.mask_id)
+    return Batch(prompt, prompt_valid, rollout.completion, valid), rollout
+
+
+def rewards(model: DiffusionLM, task: ModuleType, examples: list, completion: torch.Tensor, *, style: str) -> list[float]:
+    """Strict rewards of completions, one an example."""
+    return [task.reward(text, e, protocol="strict", style=style) for text, e in zip(model.decode(completion), examples)]
+
+
+def solve_rate(
+    model: DiffusionLM, task: ModuleType, examples: list, *, seed: int, style: str = "compact", length: int = 0, block: int = 0,
+    steps: int = 0, temperature: float = 0.0, threshold: float = 1.0,
+) -> float:  # fmt: skip
+    """Share of problems solved with one completion each: greedy, one token a step in one block, unless said otherwise."""
+    solved = []
     for start in range(0, len(examples), 256):
         part = examples[start : start + 256]
-        prompt, prompt_valid = model.encode([task.prompt(e, style) for e in part])
-        rollout = generate(
-            model.logits, prompt, prompt_valid, mask_id=model.mask_id, length=length, block=block or length,
-            steps=steps or length, temperature=temperature, generator=generator(seed, "evaluate", start),
+        batch, _ = complete(
+            model, task, part, style=style, length=length, block=block, steps=steps, temperature=temperature, threshold=threshold,
+            generator=generator(seed, "evaluate", start),
         )  # fmt: skip
-        rewards += [task.reward(text, e, style=style) for text, e in zip(model.decode(rollout.completion), part)]
-    return rewards
-
-
-def solve_rate(model: DiffusionLM, task: ModuleType, examples: list, *, seed: int, **decoding) -> float:
-    """The mean of `solved`."""
-    rewards = solved(model, task, examples, seed=seed, **decoding)
-    return sum(rewards) / len(rewards)
+        solved += [reward == 1 for reward in rewards(model, task, part, batch.completion, style=style)]
+    return sum(solved) / len(solved)

@@ -30,6 +30,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; a missing or damaged file says nothing, hence {}."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -88,6 +88,11 @@ class DiffusionLM(nn.Module):
         text = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
         return ids.to(self.device), text.to(self.device)
 
+    def encode_canvas(self, canvases: list[str]) -> Int[Tensor, "B L"]:
+        """Completions to start decoding from, one token a character, the mask id for each "?"; all of one length."""
+        rows = [[self.mask_id if c == "?" else self.tokenizer.convert_tokens_to_ids(c) for c in canvas] for canvas in canvases]
+        return torch.tensor(rows, device=self.device)
+
     def decode(self, completion: Int[Tensor, "B L"]) -> list[str]:
         """The text of each row up to its first end-of-text token."""
         end, texts = self.tokenizer.eos_token_id, []

@@ -28,6 +28,8 @@ from rspo_lab.files import read_json, write_json
 from rspo_lab.parameters import complete, declared
 from rspo_lab.runs import claim, now, release, run_path
 
+REPORT_S = 5  # seconds between progress lines, at least
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -43,7 +45,7 @@ class Outcome:
 
 
 def run_notebook(
-    notebook: Path, given: Mapping[str, Any], *, runs: Path, name: str | None = None, timeout: float | None = None,
+    notebook: Path, given: Mapping[str, Any], *, runs: Path, name: str | None = None, timeout: int | float | None = None,
     report: Callable[[str], None] = print,
 ) -> Outcome:  # fmt: skip
     """Run a notebook in <runs>/<name>/<key> unless it is done there; `timeout` is seconds for the whole run.
@@ -73,9 +75,9 @@ def run_notebook(
         release(path)
 
 
-def _attempt(notebook: Path, given: Mapping[str, Any], path: Path, timeout: float | None) -> tuple[str, str, int] | None:
+def _attempt(notebook: Path, given: Mapping[str, Any], path: Path, timeout: int | float | None) -> tuple[str, str, int] | None:
     """Execute, once more if the kernel does not start; None, or the kind, message and exit code of the failure."""
-    deadline = time.monotonic() + timeout if timeout else None
+    deadline = time.monotonic() + timeout if timeout is not None else None
     try:
         try:
             _execute(notebook, given, path, deadline)
@@ -156,12 +158,12 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def _reporting(path: Path, label: str, report: Callable[[str], None]) -> Iterator[None]:
-    """Hand on the run's progress, a line every 5 s at most and only when it changed."""
+    """Hand on the run's progress, a line each REPORT_S at most and only when it changed."""
     ended = threading.Event()
 
     def poll() -> None:
         said = None
-        while not ended.wait(5):
+        while not ended.wait(REPORT_S):
             progress = read_json(path / "status.json").get("progress")
             if progress and progress != said:
                 report(f"{label}  {progress['done']}/{progress['total']}  {progress['note']}".rstrip())

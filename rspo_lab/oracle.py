@@ -21,25 +21,25 @@ MOST_TOKENS = 16
 
 def exact_elbo(denoiser: Callable, batch: Batch, *, slice_size: int = 4096) -> Float[Tensor, "B"]:
     """ELBO(y|x) = sum over non-empty S of g(S) / (|S| C(u, |S|)), g(S) the summed log-probs of S hidden all at once."""
-    return torch.stack([_elbo(_table(denoiser, batch, row, slice_size)) for row in range(len(batch))])
+    return exact_scores(denoiser, batch, slice_size=slice_size)[0]
 
 
 def exact_logp(denoiser: Callable, batch: Batch, *, slice_size: int = 4096) -> Float[Tensor, "B"]:
     """log p(y|x) under random-order one-token-a-step decoding, by dynamic programming over subsets."""
-    return torch.stack([_logp(_table(denoiser, batch, row, slice_size)) for row in range(len(batch))])
+    return exact_scores(denoiser, batch, slice_size=slice_size)[1]
 
 
 def exact_scores(denoiser: Callable, batch: Batch, *, slice_size: int = 4096) -> tuple[Tensor, Tensor]:
     """(ELBO, log p), each (B,), from one pass over the 2^u subsets of every row."""
-    tables = [_table(denoiser, batch, row, slice_size) for row in range(len(batch))]
-    return torch.stack([_elbo(t) for t in tables]), torch.stack([_logp(t) for t in tables])
+    tables = [subset_table(denoiser, batch, row, slice_size=slice_size) for row in range(len(batch))]
+    return torch.stack([table_elbo(t) for t in tables]), torch.stack([table_logp(t) for t in tables])
 
 
 def count_moments(denoiser: Callable, batch: Batch, *, slice_size: int = 4096) -> tuple[Tensor, Tensor]:
     """(mean, variance), each (B,), of one view of the count-uniform estimator: exact, over l ~ U{1..u} and its subsets."""
     moments = []
     for row in range(len(batch)):
-        table = _table(denoiser, batch, row, slice_size)
+        table = subset_table(denoiser, batch, row, slice_size=slice_size)
         tokens = table.shape[1]
         size, law = _sizes_and_law(tokens)
         draw = table.sum(1)[1:] * tokens / size[1:]
@@ -48,12 +48,8 @@ def count_moments(denoiser: Callable, batch: Batch, *, slice_size: int = 4096) -
     return tuple(torch.stack(moments, 1))
 
 
-def subset_table(denoiser: Callable, batch: Batch, row: int, *, slice_size: int = 4096) -> Float[Tensor, "2^u u"]:
-    """log q(y_i | x, y without S) for every subset S (bit j of the row index = j-th valid token hidden), 0 outside S."""
-    return _table(denoiser, batch, row, slice_size)
-
-
-def _table(denoiser, batch, row, slice_size):
+def subset_table(denoiser: Callable, batch: Batch, row: int, *, slice_size: int = 4096) -> Float[Tensor, "S u"]:
+    """log q(y_i | x, y without S) for all 2^u subsets S of a row (bit j of the index = j-th valid token hidden), 0 outside S."""
     where = batch.valid[row].nonzero()[:, 0]
     tokens = len(where)
     if not 1 <= tokens <= MOST_TOKENS:
@@ -68,20 +64,15 @@ def _table(denoiser, batch, row, slice_size):
     return torch.cat(rows)
 
 
-def _sizes_and_law(tokens):
-    """|S| and the probability 1/(u C(u, |S|)) of S under the count-uniform law, for all 2^u subsets (0 for the empty one)."""
-    size = torch.tensor([bin(s).count("1") for s in range(2**tokens)], dtype=torch.float64)
-    law = torch.tensor([0.0] + [1 / (tokens * math.comb(tokens, n)) for n in range(1, tokens + 1)], dtype=torch.float64)
-    return size, law[size.long()]
-
-
-def _elbo(table):
+def table_elbo(table: Float[Tensor, "S u"]) -> Float[Tensor, ""]:
+    """The ELBO of the row a `subset_table` is of."""
     tokens = table.shape[1]
     size, law = _sizes_and_law(tokens)
     return (table.sum(1) * (law * tokens / size.clamp(min=1)).to(table.device)).sum()
 
 
-def _logp(table):
+def table_logp(table: Float[Tensor, "S u"]) -> Float[Tensor, ""]:
+    """log p of the row a `subset_table` is of."""
     subsets, tokens = table.shape
     size, _ = _sizes_and_law(tokens)
     log_z = table.new_zeros(subsets)
@@ -93,3 +84,10 @@ def _logp(table):
         step = step.masked_fill(~inside.to(table.device), -torch.inf).logsumexp(1) - math.log(n)
         log_z = log_z.index_put((index.to(table.device),), step)
     return log_z[-1]
+
+
+def _sizes_and_law(tokens):
+    """|S| and the probability 1/(u C(u, |S|)) of S under the count-uniform law, for all 2^u subsets (0 for the empty one)."""
+    size = torch.tensor([s.bit_count() for s in range(2**tokens)], dtype=torch.float64)
+    law = torch.tensor([0.0] + [1 / (tokens * math.comb(tokens, n)) for n in range(1, tokens + 1)], dtype=torch.float64)
+    return size, law[size.long()]

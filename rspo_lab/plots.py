@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rspo_lab.diagnostics import calibration_line
-from rspo_lab.style import COLUMN, DESIGN_STYLE, INK, PAGE, POLICY, REFERENCE, TARGET, new_figure
+from rspo_lab.style import DESIGN_STYLE, INK, PAGE, POLICY, REFERENCE, TARGET, new_figure
 
 
 def training_figure(history: list[dict], lam: float) -> Figure:

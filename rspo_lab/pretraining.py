@@ -10,10 +10,10 @@ from types import ModuleType
 import torch
 
 from rspo_lab.batch import Batch
+from rspo_lab.evaluation import solve_rate
 from rspo_lab.keys import generator
 from rspo_lab.masks import count
 from rspo_lab.model import DiffusionLM
-from rspo_lab.evaluation import solve_rate
 
 
 def pretrain(
@@ -36,9 +36,11 @@ def pretrain(
     """
     examples = task.examples("train", task.TRAIN_PROBLEMS, seed=seed)
     check, examples = examples[:problems], examples[problems:]
-    prompts, texts = zip(*((task.prompt(e, "compact"), s) for e in examples for s in task.solutions(e)[:2]))
-    (prompt, prompt_valid), (completion, _) = model.encode(list(prompts)), model.encode(list(texts))
-    data = Batch(prompt, prompt_valid, completion, torch.ones_like(completion, dtype=torch.bool))
+    pairs = [(e, text) for e in examples for text in task.solutions(e)[:2]]
+    prompt, prompt_valid = model.encode([task.prompt(e, "compact") for e, _ in pairs])
+    completion, _ = model.encode([text for _, text in pairs])
+    to_write = model.encode_canvas([task.canvas(e) for e, _ in pairs]) == model.mask_id
+    data = Batch(prompt, prompt_valid, completion, to_write)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     records, losses = [], []
     for step in range(steps):

@@ -1,6 +1,6 @@
 """Completions by the published semi-autoregressive sampler: block by block, the most confident tokens first.
 
-Shapes: B sequences, P prompt tokens (left-padded), L completion tokens in L/block blocks, V vocabulary.
+Shapes: B sequences, P prompt tokens (left-padded), L completion tokens in L/block blocks of n tokens, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ Logits = Callable[[Tensor, Tensor, int, int], Tensor]
 @dataclass(frozen=True)
 class Rollout:
     completion: Int[Tensor, "B L"]
-    step: Int[Tensor, "B L"]  # the denoising step, counted from 0, that unmasked the token
-    confidence: Float[Tensor, "B L"]  # probability that the model gave the token when it was unmasked
+    step: Int[Tensor, "B L"]  # the denoising step, counted from 0, that unmasked the token; -1 if it stood there before
+    confidence: Float[Tensor, "B L"]  # probability that the model gave the token when it was unmasked; 1 if it stood there
 
 
 def generate(
@@ -26,8 +26,8 @@ def generate(
     prompt: Int[Tensor, "B P"],
     prompt_valid: Bool[Tensor, "B P"],
     *,
+    canvas: Int[Tensor, "B L"],
     mask_id: int,
-    length: int,
     block: int,
     steps: int,
     temperature: float,
@@ -36,30 +36,32 @@ def generate(
 ) -> Rollout:
     """Low-confidence remasking in blocks.  (LLaDA, arXiv:2502.09992, Alg. 5; the schedule of its released sampler)
 
-    Each block of `block` tokens takes n = steps * block / length steps.  A step draws a token for every masked position of
-    the block from softmax(logits / temperature), the arg max at temperature 0, and keeps those with the highest untempered
-    probability: block // n of them, one more in each of the first block % n steps.  Ties go to the left.
+    `canvas` is the completion to start from: `mask_id` where a token is to be written, others stay as they stand.  Each
+    block of `block` tokens takes n = steps * block / L steps.  A step draws a token for every masked position of the block
+    from softmax(logits / temperature), the arg max at temperature 0, and keeps those with the highest untempered
+    probability: of m masked positions at first, m // n a step, one more in the first m % n steps.  Ties go to the left.
 
-    Below 1, `threshold` also keeps every token more probable than it (Fast-dLLM, arXiv:2505.22618), and a row whose block
-    is full costs no further forward.  That is no longer the published sampler; how far off is measured in notebook 01.
+    Below 1, `threshold` also keeps every token more probable than it (Fast-dLLM, arXiv:2505.22618).  That is no longer the
+    published sampler; what it changes is measured in notebook 01.  A row whose block is full costs no further forward.
 
     The draw is by inverse CDF with one uniform number a position: the law of the published Gumbel arg max at 1/V of its
     random numbers, and the same numbers on every device.  Logits of -inf are never drawn.
     """
+    (rows, length), width = canvas.shape, prompt.shape[1]
     blocks, per_block = _schedule(length, block, steps, temperature)
-    rows, width = prompt.shape
-    ids = torch.cat([prompt, prompt.new_full((rows, length), mask_id)], 1)
-    unmasked_at = torch.zeros(rows, length, dtype=torch.long, device=prompt.device)
-    confidence = torch.zeros(rows, length, device=prompt.device)
+    ids = torch.cat([prompt, canvas], 1)
+    unmasked_at = torch.full_like(canvas, -1)
+    confidence = torch.ones(rows, length, device=canvas.device)
     for b in range(blocks):
         here, start = slice(b * block, (b + 1) * block), width + b * block
-        masked = torch.ones(rows, block, dtype=torch.bool, device=prompt.device)
+        masked = canvas[:, here] == mask_id
+        to_write = masked.sum(1, keepdim=True)
         for n in range(per_block):
-            most = block // per_block + (n < block % per_block)
-            uniform = torch.rand(rows, block, generator=generator, dtype=torch.float64).to(prompt.device)
+            uniform = torch.rand(rows, block, generator=generator, dtype=torch.float64).to(canvas.device)
             open_rows = masked.any(1).nonzero()[:, 0]
             if not len(open_rows):
                 break
+            most = (to_write // per_block + (n < to_write % per_block))[open_rows]
             block_logits = logits(ids[open_rows], prompt_valid[open_rows], start, start + block).float()
             token = _draw(block_logits, uniform[open_rows], temperature)
             prob = block_logits.softmax(-1).gather(-1, token[..., None])[..., 0]

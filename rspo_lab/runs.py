@@ -7,6 +7,7 @@ results.parquet and figures/<name>.{png,pdf,csv}.  Every file is replaced whole,
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -45,13 +46,14 @@ class Run:
         self.stopped = False
         self.started = now()
         self._writes = writes  # False on the other processes of a distributed run
-        self._written = 0.0
+        self._progressed = -math.inf  # when progress was last written
         self._status: dict[str, Any] = {"state": "running", "pid": os.getpid(), "started": self.started}
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Say how far the run is; at most one write a second, and always the last."""
         self._status["progress"] = {"done": done, "total": total, "note": note}
-        if done == total or time.monotonic() - self._written >= 1:
+        if done == total or time.monotonic() - self._progressed >= 1:
+            self._progressed = time.monotonic()
             self._write()
 
     def figure(self, name: str, figure: "Figure", data: "DataFrame") -> None:
@@ -94,7 +96,6 @@ class Run:
     def _write(self) -> None:
         if self._writes:
             write_json(self.path / "status.json", self._status)
-            self._written = time.monotonic()
 
 
 def start_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
@@ -230,7 +231,7 @@ def load_runs(root: Path | str) -> "DataFrame":
     rows = []
     for path in sorted(file.parent for file in root.rglob("params.json")):
         status = read_json(path / "status.json")
-        state = status.get("state", "dead")
+        state = status.get("state", "running")
         progress = status.get("progress")
         rows.append(
             {

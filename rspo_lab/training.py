@@ -18,14 +18,14 @@ import torch
 
 from rspo_lab import objectives
 from rspo_lab.advantages import ADVANTAGES, uninformative
-from rspo_lab.batch import Batch, valid_until_end
+from rspo_lab.batch import Batch
 from rspo_lab.diagnostics import gap_summary
 from rspo_lab.estimators import elbo_draws, elbo_slices
-from rspo_lab.evaluation import solve_rate
+from rspo_lab.evaluation import complete, rewards, solve_rate
+from rspo_lab.files import replacing
 from rspo_lab.keys import generator
 from rspo_lab.masks import DESIGNS
 from rspo_lab.model import DiffusionLM, add_lora, load, reference_of
-from rspo_lab.rollout import generate
 from rspo_lab.tasks import task as task_named
 
 
@@ -41,7 +41,7 @@ class TrainConfig:
     steps: int = 120
     prompts: int = 16  # a step
     group: int = 8  # completions a prompt
-    length: int = 0  # completion tokens; 0 is the compact style's
+    length: int = 0  # completion tokens where the style is not compact (there the task says)
     block: int = 0  # tokens a decoding block; 0 is the whole completion
     decode_steps: int = 0  # denoising steps a completion; 0 is one a token
     temperature: float = 1.0
@@ -76,11 +76,13 @@ class TrainConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name in ("steps", "prompts", "views", "inner_steps", "eval_every", "eval_problems", "checkpoint_every", "snapshots", "slice_size"):
+        for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.group < 2:
             raise ValueError(f"group must be at least 2 to have an advantage, not {self.group}")
+        if self.style != "compact" and self.length < 1:
+            raise ValueError(f"style {self.style!r} needs a length, the number of completion tokens")
         if self.lam < 0 or self.lr <= 0:
             raise ValueError(f"lam must be >= 0 and lr > 0, not {self.lam} and {self.lr}")
         task_named(self.task)
@@ -107,6 +109,7 @@ CHOICES = {
     "residual": ("shared", "leave_one_out"), "score_unit": ("sequence", "token"), "zero_variance": ("keep", "skip"),
     "lora": ("none", "all-linear", "d1"), "style": ("compact", "d1"), "dtype": ("float32", "bfloat16"),
 }  # fmt: skip
+AT_LEAST_ONE = ("steps", "prompts", "views", "inner_steps", "eval_every", "eval_problems", "checkpoint_every", "snapshots", "slice_size")
 
 
 class Diverged(RuntimeError):
@@ -117,7 +120,13 @@ class Preempted(RuntimeError):
     """A signal asked the run to end; its checkpoint is saved."""
 
 
-def train(config: TrainConfig, run, *, on_step: Callable[[dict], None] = lambda record: None, should_stop: Callable[[], bool] = lambda: False) -> list[dict]:
+def train(
+    config: TrainConfig,
+    run,
+    *,
+    on_step: Callable[[dict], None] = lambda record: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[dict]:
     """Trains to `config.steps`, going on from the run's checkpoint if there is one; returns the records of metrics.jsonl.
 
     `run` has a `path` (a folder, which gets metrics.jsonl, sequences.jsonl, timing.jsonl, checkpoint.pt and snapshots/),
@@ -129,6 +138,8 @@ def train(config: TrainConfig, run, *, on_step: Callable[[dict], None] = lambda 
     """
     device = _device(config.device)
     policy, reference = _policies(config, device)
+    with replacing(run.path / "config.json") as path:
+        path.write_text(json.dumps(asdict(config), indent=1))
     task = task_named(config.task)
     problems, held_out = _problems(config, task)
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -145,15 +156,17 @@ def train(config: TrainConfig, run, *, on_step: Callable[[dict], None] = lambda 
     with _signals() as received:
         for step in range(done + 1, config.steps + 1):
             began = time.perf_counter()
-            batch, rollout_record, advantage, reward = _roll_out(config, policy, task, problems, step)
+            chosen = torch.randperm(len(problems), generator=generator(config.seed, step, "problems"))[: config.prompts]
+            rollouts = roll_out(config, policy, [problems[i] for i in chosen], generator(config.seed, step, "rollout"))
             rolled = time.perf_counter()
             for inner in range(config.inner_steps):
-                record, d = _update(config, policy, reference, optimizer, parameters, batch, advantage, step, inner)
-            record = {"step": step} | rollout_record | record
+                record, d = _update(config, policy, reference, optimizer, parameters, rollouts, step, inner)
+            record = {"step": step} | rollouts.record | record
             timing = {"step": step, "rollout_s": rolled - began, "update_s": time.perf_counter() - rolled, "peak_gib": _peak_gib(device)}
             if step % config.eval_every == 0 or step == config.steps:
                 record["eval_solve_rate"] = _evaluate(config, policy, task, held_out)
-                _append(files[1], {"step": step, "d": d.tolist(), "advantage": advantage.tolist(), "reward": reward.tolist()})
+                pairs = {"d": d.tolist(), "advantage": rollouts.advantage.tolist(), "reward": rollouts.reward.tolist()}
+                _append(files[1], {"step": step} | pairs)
             _append(files[0], record)
             _append(files[2], timing)
             history.append(record)
@@ -172,18 +185,26 @@ def train(config: TrainConfig, run, *, on_step: Callable[[dict], None] = lambda 
     return history
 
 
-def _roll_out(config, policy, task, problems, step):
-    """Completions of this step's problems, their verified rewards and advantages."""
-    chosen = torch.randperm(len(problems), generator=generator(config.seed, step, "problems"))[: config.prompts]
-    examples = [problems[i] for i in chosen.tolist() for _ in range(config.group)]
-    prompt, prompt_valid = policy.encode([task.prompt(e, config.style) for e in examples])
-    rollout = generate(
-        policy.logits, prompt, prompt_valid, mask_id=policy.mask_id, temperature=config.temperature, threshold=config.threshold,
-        generator=generator(config.seed, step, "rollout"), **_decoding(config, task),
+@dataclass(frozen=True)
+class Rollouts:
+    """Completions of some problems with what was made of them; rows are group-major."""
+
+    examples: list
+    batch: Batch
+    reward: torch.Tensor  # (B,) float64 in [0, 1]
+    advantage: torch.Tensor  # (B,)
+    record: dict[str, float]  # what training logs of it
+
+
+def roll_out(config: TrainConfig, policy: DiffusionLM, problems: list, generator: torch.Generator) -> Rollouts:
+    """`config.group` sampled completions of every problem, their verified rewards and their advantages."""
+    task = task_named(config.task)
+    examples = [problem for problem in problems for _ in range(config.group)]
+    batch, rollout = complete(
+        policy, task, examples, temperature=config.temperature, threshold=config.threshold, steps=config.decode_steps,
+        generator=generator, **_format(config),
     )  # fmt: skip
-    batch = Batch(prompt, prompt_valid, rollout.completion, valid_until_end(rollout.completion, policy.tokenizer.eos_token_id))
-    rewards = [task.reward(text, e, style=config.style) for text, e in zip(policy.decode(rollout.completion), examples)]
-    reward = torch.tensor(rewards, dtype=torch.float64)
+    reward = torch.tensor(rewards(policy, task, examples, batch.completion, style=config.style), dtype=torch.float64)
     advantage = ADVANTAGES[config.advantage](reward, config.group)
     silent = uninformative(reward, config.group)
     record = {
@@ -191,25 +212,40 @@ def _roll_out(config, policy, task, problems, step):
         "solve_rate": (reward == 1).double().mean().item(),
         "advantage_sd": advantage.std().item(),
         "zero_variance_groups": silent.mean().item(),
-        "length": batch.valid.sum(1).double().mean().item(),
+        "tokens": batch.valid.sum(1).double().mean().item(),
+        "ended": (batch.completion == policy.tokenizer.eos_token_id).any(1).double().mean().item(),
         "confidence": rollout.confidence.mean().item(),
         "decoding_steps": (rollout.step.max(1).values + 1).double().mean().item(),
     }
     if config.zero_variance == "skip":
         keep = (silent == 0).repeat_interleave(config.group).nonzero()[:, 0]
         batch, advantage, reward = batch.rows(keep.to(batch.completion.device)), advantage[keep], reward[keep]
-    return batch, record, advantage, reward
+        examples = [examples[i] for i in keep.tolist()]
+    return Rollouts(examples, batch, reward, advantage, record)
 
 
-def _update(config, policy, reference, optimizer, parameters, batch, advantage, step, inner):
+def trained_run(folder: str | Path) -> tuple[TrainConfig, dict[int, Path]]:
+    """(config, {step: saved policy}) of a training run; the base counts as step 0."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no training run at {folder}: give the folder that holds its config.json and snapshots/")
+    config = TrainConfig(**json.loads((folder / "config.json").read_text()))
+    saved = {int(path.name): path for path in sorted((folder / "snapshots").glob("*")) if path.suffix != ".partial"}
+    if not saved:
+        raise FileNotFoundError(f"{folder} has no snapshots yet: let its training reach step {config.snapshot_steps[0]}")
+    return config, {0: Path(config.model)} | saved
+
+
+def _update(config, policy, reference, optimizer, parameters, rollouts, step, inner):
     """One optimizer step; (what to log, d per sequence).  A batch with no row left (all skipped) changes nothing."""
+    batch = rollouts.batch
     if len(batch) == 0:
         return {"loss": 0.0, "gradient_norm": 0.0, "lr": 0.0, "forward_passes": 0.0}, torch.zeros(0)
     masks = DESIGNS[config.design](batch.valid.cpu(), config.views, generator=generator(config.seed, step, inner, "masks"))
     unit = 1 / batch.valid.sum(1) if config.score_unit == "token" else torch.ones(len(batch), device=batch.completion.device)
     with torch.no_grad():
         baseline = elbo_draws(reference, batch, masks, slice_size=config.slice_size) * unit
-    weight = advantage.to(baseline)
+    weight = rollouts.advantage.to(baseline)
     for group in optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, step / config.warmup if config.warmup else 1.0) * _cosine(step / config.steps)
     optimizer.zero_grad()
@@ -270,16 +306,13 @@ def _problems(config, task):
     return problems, held_out
 
 
-def _decoding(config, task):
-    length = config.length or task.COMPACT_LENGTH
-    return {"length": length, "block": config.block or length, "steps": config.decode_steps or length}
+def _format(config):
+    return {"style": config.style, "length": config.length, "block": config.block}
 
 
 def _evaluate(config, policy, task, held_out):
     """Greedy held-out solve rate."""
-    decoding = _decoding(config, task)
-    decoding["steps"] = config.eval_steps or decoding["length"]
-    return solve_rate(policy, task, held_out, seed=config.seed, style=config.style, **decoding)
+    return solve_rate(policy, task, held_out, seed=config.seed, steps=config.eval_steps, **_format(config))
 
 
 def _cosine(share: float) -> float:
@@ -301,9 +334,8 @@ def _peak_gib(device) -> float:
 def _save(config, folder: Path, step: int, parameters, optimizer) -> None:
     """checkpoint.pt, whole or not at all."""
     state = {"config": asdict(config), "step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}
-    partial = folder / "checkpoint.pt.partial"
-    torch.save(state, partial)
-    os.replace(partial, folder / "checkpoint.pt")
+    with replacing(folder / "checkpoint.pt") as path:
+        torch.save(state, path)
 
 
 def _resume(config, folder: Path, parameters, optimizer) -> int:
@@ -346,9 +378,8 @@ def _keep_steps(path: Path, done: int) -> None:
         return
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done] if done else []
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text("".join(kept))
 
 
 class _signals:

@@ -37,7 +37,7 @@ def model():
 def test_greedy_equals_the_slow_sampler(model, length, block, steps):
     prompt, prompt_valid = model.encode(["12=", "345678=", "9="])
     rollout = generate(
-        model.logits, prompt, prompt_valid, mask_id=model.mask_id, length=length, block=block, steps=steps, temperature=0.0,
+        model.logits, prompt, prompt_valid, canvas=torch.full((3, length), model.mask_id), mask_id=model.mask_id, block=block, steps=steps, temperature=0.0,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     for row in range(3):
@@ -47,10 +47,44 @@ def test_greedy_equals_the_slow_sampler(model, length, block, steps):
     assert model.mask_id not in rollout.completion
 
 
+def test_tokens_on_the_canvas_stay_and_cost_no_step(model):
+    """Greedy filling in equals the slow sampler started from the same tokens, in as many steps as there are gaps."""
+    prompt, prompt_valid = model.encode(["12="])
+    canvas = model.encode_canvas(["3?5??8?0"])
+    rollout = generate(
+        model.logits, prompt, prompt_valid, canvas=canvas, mask_id=model.mask_id, block=8, steps=8, temperature=0.0,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    given = canvas != model.mask_id
+    assert (rollout.completion == canvas)[given].all() and (rollout.step == -1).equal(given)
+    assert sorted(rollout.step[~given].tolist()) == [0, 1, 2, 3] and (rollout.confidence[given] == 1).all()
+    ids = torch.cat([prompt, canvas], 1)
+    for _ in range(4):
+        prob = model.logits(ids, prompt_valid, 3, 11)[0].softmax(-1).max(-1)
+        best = prob.values.masked_fill(ids[0, 3:] != model.mask_id, -1).argmax()
+        ids[0, 3 + best] = prob.indices[best]
+    assert ids[0, 3:].tolist() == rollout.completion[0].tolist()
+
+
+def test_threshold_writes_what_is_sure_at_once(model):
+    """At threshold 0 everything is above it: one step, every token the arg max of the first forward."""
+    prompt, prompt_valid = model.encode(["12=", "9="])
+    canvas = torch.full((2, 8), model.mask_id)
+    rollout = generate(
+        model.logits, prompt, prompt_valid, canvas=canvas, mask_id=model.mask_id, block=8, steps=8, temperature=0.0, threshold=0.0,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    first = model.logits(torch.cat([prompt, canvas], 1), prompt_valid, 3, 11).argmax(-1)
+    assert (rollout.step == 0).all() and rollout.completion.equal(first)
+
+
 def test_padding_does_not_change_a_completion(model):
     alone, together = model.encode(["9="]), model.encode(["9=", "0123456789="])
     rollouts = [
-        generate(model.logits, *encoded, mask_id=model.mask_id, length=8, block=4, steps=8, temperature=0.0, generator=torch.Generator())
+        generate(
+            model.logits, *encoded, canvas=torch.full((len(encoded[0]), 8), model.mask_id), mask_id=model.mask_id, block=4, steps=8,
+            temperature=0.0, generator=torch.Generator(),
+        )
         for encoded in (alone, together)
     ]
     assert rollouts[0].completion[0].tolist() == rollouts[1].completion[0].tolist()
@@ -80,7 +114,7 @@ def test_samples_follow_the_stated_law(temperature):
     prompt = torch.zeros(rows, 1, dtype=torch.long)
     before = torch.random.get_rng_state()
     rollout = generate(
-        logits, prompt, prompt == 0, mask_id=3, length=2, block=2, steps=2, temperature=temperature,
+        logits, prompt, prompt == 0, canvas=torch.full((rows, 2), 3), mask_id=3, block=2, steps=2, temperature=temperature,
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
     assert torch.equal(before, torch.random.get_rng_state())
@@ -94,6 +128,6 @@ def test_samples_follow_the_stated_law(temperature):
                                         (dict(steps=16), "from 1 to 8"), (dict(temperature=-1.0), "temperature")])  # fmt: skip
 def test_impossible_schedules_are_refused(model, bad, match):
     prompt, prompt_valid = model.encode(["1="])
-    schedule = {"length": 8, "block": 8, "steps": 8, "temperature": 0.0} | bad
+    schedule = {"canvas": torch.full((1, 8), model.mask_id), "block": 8, "steps": 8, "temperature": 0.0} | bad
     with pytest.raises(ValueError, match=match):
         generate(model.logits, prompt, prompt_valid, mask_id=model.mask_id, generator=torch.Generator(), **schedule)

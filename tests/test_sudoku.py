@@ -65,7 +65,7 @@ def test_bad_requests_name_the_choices():
 
 
 def test_prompts():
-    assert sudoku.prompt(EXAMPLE, "compact") == "1200340000000000="
+    assert sudoku.prompt(EXAMPLE, "compact") == "=" and sudoku.canvas(EXAMPLE) == "12??34??????????"
     published = sudoku.prompt(EXAMPLE, "d1")
     assert published.startswith("\nPlease solve the following 4x4 Sudoku puzzle. The puzzle is provided as a 16-character string reading")
     assert published.endswith("</answer>\n\n\nSolve the following Sudoku puzzle: 1200340000000000\n")

@@ -3,8 +3,8 @@
 Every task module offers `Example`, `examples(split, n, seed=)`, `read(path, n)`, `prompt(example, style)`,
 `solutions(example)`, `verdict(completion, example, protocol=, style=)`, `reward(...)` in [0, 1], `COMPACT_LENGTH` (tokens of a
 compact completion, one a character), `COMPACT_CHARS` (characters of compact prompts and completions), `TRAIN_PROBLEMS` (size
-of a training run's pool), `split_key(example)` (what splits may not share) and `undetermined(example)` (which compact tokens
-the prompt leaves open).
+of a training run's pool), `split_key(example)` (what splits may not share) and `canvas(example)` (the compact completion before
+decoding: "?" for a token to write; a diffusion model fills in around what stands there).
 """
 
 import difflib

@@ -132,9 +132,9 @@ def split_key(example: Example) -> tuple:
     return tuple(sorted(example.numbers)), example.target
 
 
-def undetermined(example: Example) -> list[bool]:
-    """Which compact tokens the prompt leaves open: all."""
-    return [True] * COMPACT_LENGTH
+def canvas(example: Example) -> str:
+    """The compact completion before any is written: all of it open."""
+    return "?" * COMPACT_LENGTH
 
 
 def solutions(example: Example) -> list[str]:

@@ -145,9 +145,9 @@ def read(path: str | Path, n: int | None = None) -> list[Example]:
 
 
 def prompt(example: Example, style: str) -> str:
-    """Compact: the puzzle and "=".  d1: the published user message (one user turn, no system turn)."""
+    """Compact: only "=", since the puzzle is the canvas.  d1: the published user message (one user turn, no system turn)."""
     if one_of(style, STYLES, "style") == "compact":
-        return example.puzzle + "="
+        return "="
     return D1_PROMPT.format(puzzle=example.puzzle)
 
 
@@ -156,9 +156,9 @@ def split_key(example: Example) -> str:
     return example.solution
 
 
-def undetermined(example: Example) -> list[bool]:
-    """Which compact tokens the prompt leaves open: the blanks."""
-    return [digit == "0" for digit in example.puzzle]
+def canvas(example: Example) -> str:
+    """The compact completion before any is written: the givens in their places, "?" for each blank."""
+    return example.puzzle.replace("0", "?")
 
 
 def solutions(example: Example) -> list[str]:

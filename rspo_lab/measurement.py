@@ -1,0 +1,129 @@
+"""Measurements at fixed rollouts: bias and variance of estimates by mask design, estimated against exact log-ratios.
+
+Shapes: B sequences, u scored tokens of one, R replicates, n redraws.  Nats, nats^2.
+"""
+
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rspo_lab import objectives
+from rspo_lab.batch import Batch
+from rspo_lab.diagnostics import variance_se
+from rspo_lab.estimators import elbo_draws, log_ratio_draws
+from rspo_lab.keys import generator
+from rspo_lab.masks import DESIGNS, Masks
+from rspo_lab.oracle import exact_scores, subset_table, table_elbo
+
+
+def score_rows(
+    policy: Callable, reference: Callable, batch: Batch, *, designs: list[str], views: list[int], redraws: int, seed: int
+) -> pd.DataFrame:
+    """Bias and variance of the estimates of the score and of d, one row a (design, views, quantity).
+
+    quantity: bias_score, bias_d (against the oracle), var_score, var_d_shared (policy and reference on the same masks),
+    var_d_independent; each the mean over the batch's sequences.  stderr is the Monte-Carlo error of the redraws at these
+    sequences; it means nothing for t_redraw, whose variance is infinite.  cost: non-empty views a sequence.
+    """
+    with torch.no_grad():
+        ours, theirs = ([subset_table(model, batch, row) for row in range(len(batch))] for model in (policy, reference))
+    score, base = (torch.stack([table_elbo(t) for t in tables]) for tables in (ours, theirs))
+    repeated = batch.valid.cpu().repeat_interleave(redraws, 0)
+    rows = []
+    for design in designs:
+        for k in views:
+            masks = DESIGNS[design](repeated, k, generator=generator(seed, design, k))
+            other = DESIGNS[design](repeated, k, generator=generator(seed, design, k, "independent"))
+            s, r = table_estimates(ours, batch.valid, masks), table_estimates(theirs, batch.valid, masks)
+            samples = {"score": (s, score), "d_shared": (s - r, score - base)}
+            samples["d_independent"] = (s - table_estimates(theirs, batch.valid, other), score - base)
+            for name, (draws, exact) in samples.items():
+                variance, error = variance_se(draws)
+                rows.append((design, k, masks.forward_passes, f"var_{name}", variance.mean(), error.norm() / len(batch)))
+                error = (variance / redraws).sum().sqrt() / len(batch)
+                rows.append((design, k, masks.forward_passes, f"bias_{name}", (draws.mean(0) - exact.cpu()).mean(), error))
+    frame = _tidy(rows)
+    return frame[frame["quantity"] != "bias_d_independent"].replace({"quantity": {"bias_d_shared": "bias_d"}})
+
+
+def table_estimates(tables: list[Tensor], valid: Bool[Tensor, "B L"], masks: Masks) -> Float[Tensor, "n B"]:
+    """`elbo_draws(...).mean(0)` of n redraws by look-up in the oracle's subset tables, so that a redraw costs no forward.
+
+    Row b * n + i of `masks` is the i-th redraw for sequence b.
+    """
+    redraws = masks.hidden.shape[1] // len(tables)
+    columns = []
+    for row, table in enumerate(tables):
+        here = slice(row * redraws, (row + 1) * redraws)
+        bits = masks.hidden[:, here, valid[row].cpu()].long()
+        code = (bits << torch.arange(bits.shape[-1])).sum(-1)
+        columns.append((masks.weight[:, here] * table.sum(1).cpu()[code]).sum(0) / masks.replicates)
+    return torch.stack(columns, 1)
+
+
+def gradient_rows(
+    policy: torch.nn.Module, reference: Callable, batch: Batch, advantage: Float[Tensor, "B"], *,
+    designs: list[str], views: list[int], redraws: int, lam: float, seed: int, on_redraw: Callable[[int, int], None] = lambda done, of: None,
+) -> pd.DataFrame:  # fmt: skip
+    """Trace of the covariance of the RSPO gradient over mask redraws at these rollouts: rows of quantity var_gradient.
+
+    The squared norm of the mean gradient, mean_gradient_sq, stands beside it (bias of the squared norm removed).
+    """
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    rows, done, total = [], 0, len(designs) * len(views) * redraws
+    for design in designs:
+        for k in views:
+            gradients, cost = [], 0.0
+            for redraw in range(redraws):
+                masks = DESIGNS[design](batch.valid.cpu(), k, generator=generator(seed, design, k, redraw, "gradient"))
+                d = log_ratio_draws(policy, reference, batch, masks)
+                loss = objectives.rspo(d, advantage.to(d), lam=lam).value
+                gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).double())
+                cost += masks.forward_passes / redraws
+                done += 1
+                on_redraw(done, total)
+            stacked = torch.stack(gradients)
+            away = (stacked - stacked.mean(0)).square().sum(1) * redraws / (redraws - 1)
+            rows.append((design, k, cost, "var_gradient", away.mean(), away.std() / redraws**0.5))
+            signal = stacked.mean(0).square().sum() - away.mean() / redraws
+            rows.append((design, k, cost, "mean_gradient_sq", signal, 2 * (signal.clamp(min=0) * away.mean() / redraws).sqrt()))
+    return _tidy(rows)
+
+
+def rollout_gradient_trace(
+    policy: torch.nn.Module, reference: Callable, batch: Batch, advantage: Float[Tensor, "B"], *, group: int, views: int, lam: float, seed: int
+) -> float:
+    """Trace of the covariance of the same gradient over fresh prompts, mask noise included, from the spread over groups."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    masks = DESIGNS["count"](batch.valid.cpu(), views, generator=generator(seed, "groups"))
+    d = log_ratio_draws(policy, reference, batch, masks)
+    d_hat = d - d.mean().detach()
+    weight = (advantage.to(d) - lam * d_hat.mean(0)).detach()
+    terms = -(weight * d_hat).mean(0).view(-1, group).mean(1)
+    grads = [torch.cat([g.flatten() for g in torch.autograd.grad(t, parameters, retain_graph=True)]).double() for t in terms]
+    stacked = torch.stack(grads)
+    return (stacked.var(0).sum() / len(stacked)).item()
+
+
+@torch.no_grad()
+def gap_samples(policy: Callable, reference: Callable, batch: Batch, *, design: str, views: int, seed: int) -> pd.DataFrame:
+    """One row a sequence: the log-ratio as it is estimated, its exact expectation, and what it stands for.
+
+    d: the estimate on `views` masks; d_exact: ELBO_policy - ELBO_reference; log_ratio: log pi/pi_ref; elbo_gap,
+    elbo_gap_reference: log p - ELBO of either model.
+    """
+    d = log_ratio_draws(policy, reference, batch, DESIGNS[design](batch.valid.cpu(), views, generator=generator(seed, "gap"))).mean(0)
+    (elbo, logp), (base_elbo, base_logp) = exact_scores(policy, batch), exact_scores(reference, batch)
+    columns = {
+        "d": d, "d_exact": elbo - base_elbo, "log_ratio": logp - base_logp, "elbo_gap": logp - elbo,
+        "elbo_gap_reference": base_logp - base_elbo,
+    }  # fmt: skip
+    return pd.DataFrame({name: values.double().cpu().numpy() for name, values in columns.items()})
+
+
+def _tidy(rows: list[tuple]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=["design", "views", "cost", "quantity", "value", "stderr"])
+    return frame.astype({"value": float, "stderr": float})

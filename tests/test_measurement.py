@@ -1,0 +1,65 @@
+"""Measured variances against exact ones, and table look-up against the estimator it stands in for."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import completions, table_denoiser
+
+from rspo_lab.estimators import elbo_draws, log_ratio_draws
+from rspo_lab.masks import DESIGNS
+from rspo_lab.measurement import gap_samples, gradient_rows, score_rows, table_estimates
+from rspo_lab.oracle import count_moments, exact_scores, subset_table
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_table_estimates_are_the_estimator(name, small):
+    masks = DESIGNS[name](small.batch.valid.repeat_interleave(5, 0), 4, generator=torch.Generator().manual_seed(0))
+    tables = [subset_table(small.policy, small.batch, row) for row in range(3)]
+    repeated = small.batch.rows(torch.arange(3).repeat_interleave(5))
+    direct = elbo_draws(small.policy, repeated, masks).mean(0).view(3, 5).T
+    assert torch.allclose(table_estimates(tables, small.batch.valid, masks), direct.detach(), atol=1e-12)
+
+
+def test_score_rows_against_the_oracle(small):
+    frame = score_rows(small.policy, small.reference, small.batch, designs=["count"], views=[1, 4], redraws=4000, seed=0)
+    value = frame.set_index(["views", "quantity"])
+    exact = count_moments(small.policy, small.batch)[1].mean().item()
+    for views in (1, 4):
+        row = value.loc[(views, "var_score")]
+        assert abs(row["value"] - exact / views) < 4 * row["stderr"] and row["stderr"] < 0.1 * exact
+        for quantity in ("bias_score", "bias_d"):
+            assert abs(value.loc[(views, quantity), "value"]) < 4 * value.loc[(views, quantity), "stderr"]
+    assert set(frame["quantity"]) == {"bias_score", "bias_d", "var_score", "var_d_shared", "var_d_independent"}
+
+
+def test_gradient_variance_against_all_masks():
+    """One sequence of three tokens: the trace of the gradient's covariance, summed over the 7 masks of the count design."""
+    from test_estimators import count_support
+
+    policy, reference = table_denoiser(3, 2, 0), table_denoiser(3, 2, 1)
+    batch, advantage = completions([[0, 1, 1]]), torch.tensor([0.7], dtype=torch.float64)
+    masks, law = count_support(3)
+    d = log_ratio_draws(policy, reference, batch, masks)[:, 0]
+    gradients = [torch.autograd.grad(-0.7 * x, policy.logits, retain_graph=True)[0].flatten() for x in d]  # centred: d_hat is 0
+    stacked = torch.stack(gradients)
+    exact = (law[:, None] * (stacked - (law[:, None] * stacked).sum(0)) ** 2).sum().item()
+    frame = gradient_rows(policy, reference, batch, advantage, designs=["count"], views=[1], redraws=1500, lam=0.4, seed=0)
+    row = frame.set_index("quantity").loc["var_gradient"]
+    assert abs(row["value"] - exact) < 4 * row["stderr"] < 0.3 * exact
+
+
+def test_gap_samples_are_exact_where_they_say_so(small):
+    frame = gap_samples(small.policy, small.reference, small.batch, design="count", views=2000, seed=0)
+    (elbo, logp), (base, base_logp) = exact_scores(small.policy, small.batch), exact_scores(small.reference, small.batch)
+    assert frame["d_exact"].tolist() == pytest.approx((elbo - base).tolist())
+    assert frame["log_ratio"].tolist() == pytest.approx((logp - base_logp).tolist())
+    assert (frame["elbo_gap"] >= -1e-12).all() and (frame["elbo_gap_reference"] >= -1e-12).all()
+    assert (frame["d"] - frame["d_exact"]).abs().max() < 0.3
+
+
+def test_conditional_likelihood_of_open_tokens_sums_to_one(small):
+    """Where some tokens stand from the start, p(open tokens | the rest) sums to one over the strings of the open ones."""
+    rows = [[a, b, 2, c] for a, b, c in itertools.product(range(3), repeat=3)]
+    batch = completions(rows, [[True, True, False, True]] * 27)
+    assert exact_scores(small.policy, batch)[1].exp().sum().item() == pytest.approx(1, abs=1e-12)
