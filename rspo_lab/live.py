@@ -14,7 +14,7 @@ from IPython.display import display
 from rspo_lab import plots, training
 
 POLL = 0.1  # seconds
-REDRAW = 2.0  # seconds, and ten times what a drawing takes if that is longer: Python draws and trains by turns
+REDRAW = 2.0  # seconds, or ten times what a drawing takes if that is longer: Python draws and trains by turns
 PIXELS = 120  # an inch of figure on the page, in CSS pixels; drawn at twice that
 
 
@@ -96,7 +96,7 @@ class Panel:
 
     def draw(self, history: list[dict]) -> None:
         """Redraw the figure; what goes wrong here is said in the line and does not end the training."""
-        began = time.monotonic()
+        began = time.thread_time()
         try:
             figure, png = plots.training_figure(history, self.config.lam), io.BytesIO()
             figure.savefig(png, format="png", dpi=2 * PIXELS)
@@ -106,7 +106,7 @@ class Panel:
         except Exception as error:
             self.trouble = f" (no figure: {type(error).__name__}: {error})"
         self.drawn = history[-1]["step"]
-        self.due = time.monotonic() + max(REDRAW, 10 * (time.monotonic() - began))
+        self.due = time.monotonic() + max(REDRAW, 10 * (time.thread_time() - began))
 
     def close(self, history: list[dict], stopped: bool, error: BaseException | None) -> None:
         """The last figure and how it ended."""

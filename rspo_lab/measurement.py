@@ -4,6 +4,7 @@ Shapes: B sequences, u scored tokens of one, R replicates, n redraws.  Nats, nat
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from rspo_lab import objectives
 from rspo_lab.batch import Batch
-from rspo_lab.diagnostics import variance_se
-from rspo_lab.estimators import elbo_draws, log_ratio_draws
+from rspo_lab.diagnostics import calibration_line, correlation, variance_se
+from rspo_lab.estimators import log_ratio_draws
 from rspo_lab.keys import generator
 from rspo_lab.masks import DESIGNS, Masks
-from rspo_lab.oracle import exact_scores, subset_table, table_elbo
+from rspo_lab.model import load, reference_of
+from rspo_lab.oracle import count_moments, exact_scores, subset_table, table_elbo
+from rspo_lab.training import TrainConfig, held_still
 
 
 def score_rows(
@@ -93,19 +96,27 @@ def gradient_rows(
     return _tidy(rows)
 
 
-def rollout_gradient_trace(
-    policy: torch.nn.Module, reference: Callable, batch: Batch, advantage: Float[Tensor, "B"], *, group: int, views: int, lam: float, seed: int
-) -> float:
-    """Trace of the covariance of the same gradient over fresh prompts, mask noise included, from the spread over groups."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    masks = DESIGNS["count"](batch.valid.cpu(), views, generator=generator(seed, "groups"))
-    d = log_ratio_draws(policy, reference, batch, masks)
-    d_hat = d - d.mean().detach()
-    weight = (advantage.to(d) - lam * d_hat.mean(0)).detach()
-    terms = -(weight * d_hat).mean(0).view(-1, group).mean(1)
-    grads = [torch.cat([g.flatten() for g in torch.autograd.grad(t, parameters, retain_graph=True)]).double() for t in terms]
-    stacked = torch.stack(grads)
-    return (stacked.var(0).sum() / len(stacked)).item()
+def count_check(policy: Callable, batch: Batch, *, redraws: int, seed: int) -> dict[str, float]:
+    """Variance of one `count` view, mean over sequences, nats^2: summed over all masks, and measured from redraws."""
+    with torch.no_grad():
+        exact = count_moments(policy, batch)[1].mean().item()
+    rows = score_rows(policy, policy, batch, designs=["count"], views=[1], redraws=redraws, seed=seed).set_index("quantity")
+    return {"exact": exact, "measured": rows.loc["var_score", "value"], "stderr": rows.loc["var_score", "stderr"]}
+
+
+def tidy(scores: pd.DataFrame, gradients: pd.DataFrame, *, task: str, policy: str) -> pd.DataFrame:
+    """All rows of a study, with what they were measured on in front."""
+    frame = pd.concat([scores, gradients], ignore_index=True)
+    frame.insert(0, "task", task)
+    frame.insert(1, "policy", policy)
+    return frame
+
+
+def factors(results: pd.DataFrame) -> pd.DataFrame:
+    """How many times lower than `count`'s each variance is at equal cost: (variance x cost) of count over that of the design."""
+    part = results[results["quantity"].str.startswith("var_")].assign(work=lambda f: f["value"] * f["cost"])
+    table = part.pivot_table(index=["quantity", "views"], columns="design", values="work", sort=False)
+    return table.rdiv(table["count"], axis=0).round(2)
 
 
 @torch.no_grad()
@@ -122,6 +133,67 @@ def gap_samples(policy: Callable, reference: Callable, batch: Batch, *, design: 
         "elbo_gap_reference": base_logp - base_elbo,
     }  # fmt: skip
     return pd.DataFrame({name: values.double().cpu().numpy() for name, values in columns.items()})
+
+
+def through_training(
+    config: TrainConfig, policies: dict[int, Path], *, prompts: int, group: int, design: str, views: int, lam: float, seed: int,
+    on_policy: Callable[[int, int], None] = lambda done, of: None,
+) -> pd.DataFrame:  # fmt: skip
+    """`gap_samples` of fresh on-policy rollouts of every saved policy on the same problems, with target, gap and weight.
+
+    d_hat is d centred over its policy's rollouts; target = A/lam, gap = A/lam - d_hat, weight = A - lam d_hat.
+    """
+    if lam <= 0:
+        raise ValueError(f"the target A/lam needs lam > 0, not {lam}")
+    reference, frames = reference_of(load(config.model)), []
+    for done, (step, path) in enumerate(sorted(policies.items())):
+        policy = load(path)
+        rollouts = held_still(config, policy, prompts=prompts, group=group, seed=seed)
+        frame = gap_samples(policy, reference, rollouts.batch, design=design, views=views, seed=seed)
+        frame["d_hat"] = frame["d"] - frame["d"].mean()
+        advantage = rollouts.advantage.numpy()
+        frame = frame.assign(
+            step=step, reward=rollouts.reward.numpy(), advantage=advantage, target=advantage / lam,
+            gap=advantage / lam - frame["d_hat"], weight=advantage - lam * frame["d_hat"],
+        )  # fmt: skip
+        frames.append(frame)
+        on_policy(done + 1, len(policies))
+    return pd.concat(frames, ignore_index=True)
+
+
+def gap_table(samples: pd.DataFrame, lam: float) -> pd.DataFrame:
+    """A row a saved policy: solve rate, rms of target and gap, sign flips, reliability and bias of d, and the ELBO gaps.
+
+    slope, r_estimate: exact ELBO ratio regressed on, and correlated with, the estimate (mask noise lowers both).
+    r_log_ratio: correlation of the exact ELBO ratio with the exact log-ratio (what no mask design can mend).
+    flips, flips_exact: share of sequences with A and A - lam d_hat of opposite signs, by the estimate and by exact d.
+    """
+    rows = []
+    for step, part in samples.groupby("step"):
+        exact = part["d_exact"] - part["d_exact"].mean()
+        told = part[part["advantage"] != 0]
+        moved = part["d"].std() > 0
+        column = {name: torch.tensor(part[name].to_numpy()) for name in ("d", "d_exact", "log_ratio")}
+        rows.append(
+            {
+                "step": step,
+                "n": len(part),
+                "solved": (part["reward"] == 1).mean(),
+                "target_rms": (part["target"] ** 2).mean() ** 0.5,
+                "gap_rms": (part["gap"] ** 2).mean() ** 0.5,
+                "flips": (told["weight"] * told["advantage"] < 0).mean(),
+                "flips_exact": ((told["advantage"] - lam * exact[told.index]) * told["advantage"] < 0).mean(),
+                "slope": calibration_line(column["d"], column["d_exact"])[0] if moved else None,
+                "r_estimate": correlation(column["d"], column["d_exact"]),
+                "r_log_ratio": correlation(column["d_exact"], column["log_ratio"]),
+                "mean_d_exact": part["d_exact"].mean(),
+                "mean_log_ratio": part["log_ratio"].mean(),
+                "elbo_gap": part["elbo_gap"].mean(),
+                "elbo_gap_solved": part.loc[part["reward"] == 1, "elbo_gap"].mean(),
+                "elbo_gap_not_solved": part.loc[part["reward"] != 1, "elbo_gap"].mean(),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def _tidy(rows: list[tuple]) -> pd.DataFrame:

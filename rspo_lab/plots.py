@@ -94,7 +94,9 @@ def bias_figure(results: pd.DataFrame) -> Figure:
             for i, (design, rows) in enumerate(part.groupby("design", sort=False)):
                 colour, marker = DESIGN_STYLE[design]
                 place = np.arange(len(rows)) + (i - (len(designs) - 1) / 2) * 0.15
-                axis.errorbar(place, rows["value"], 1.96 * rows["stderr"], color=colour, marker=marker, linestyle="", label=design, capsize=1.5)
+                axis.errorbar(
+                    place, rows["value"], 1.96 * rows["stderr"], color=colour, marker=marker, linestyle="", label=design, capsize=1.5
+                )
                 axis.set_xticks(range(len(rows)), [str(v) for v in rows["views"]])
             axis.axhline(0, color=INK, linewidth=0.7)
             axis.set(title=f"Bias of the {quantity.removeprefix('bias_')}, nats", xlabel="views")
@@ -155,23 +157,71 @@ def pretraining_figure(records: list[dict]) -> Figure:
     return figure
 
 
-def decoding_figure(tokens: list[str], order: list[int], confidence: list[float], title: str) -> Figure:
-    """One completion as it was decoded: a row a step, the tokens that stand by then, darker the more confident."""
-    steps = max(order) + 1
-    shade = np.full((steps, len(tokens)), np.nan)
-    for place, (at, sure) in enumerate(zip(order, confidence)):
-        shade[at:, place] = sure
-    with new_figure(PAGE, 0.7 + 0.16 * steps) as figure:
+def decoding_figure(decoding: pd.DataFrame, title: str) -> Figure:
+    """One completion as it was decoded: a row a step, what stands by then; bold where written, darker the more confident."""
+    steps = decoding["step"].max() + 1
+    shade = np.full((steps, len(decoding)), np.nan)
+    with new_figure(PAGE, 0.8 + 0.16 * steps) as figure:
         axis = figure.subplots()
+        for place, (token, at, sure) in enumerate(decoding[["token", "step", "confidence"]].itertuples(index=False)):
+            shade[max(at, 0) :, place] = sure if at >= 0 else np.nan
+            for step in range(max(at, 0), steps):
+                axis.text(place, step, token, ha="center", va="center", fontsize=7, fontweight="bold" if step == at else "normal",
+                          color="black" if at >= 0 else "#999999")  # fmt: skip
         image = axis.imshow(shade, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
-        for place, (at, token) in enumerate(zip(order, tokens)):
-            for step in range(at, steps):
-                axis.text(place, step, token, ha="center", va="center", fontsize=7, fontweight="bold" if step == at else "normal")
-        axis.set(title=title, xlabel="position", ylabel="denoising step", xticks=range(len(tokens)), yticks=range(0, steps, 2))
+        axis.set(title=title, xlabel="position", ylabel="denoising step", xticks=range(len(decoding)), yticks=range(0, steps, 2))
         axis.grid(False)
         bar = figure.colorbar(image, ax=axis, fraction=0.04, boundaries=np.linspace(0, 1, 51))
         bar.set_label("confidence")
         bar.set_ticks([0, 0.5, 1])
+    return figure
+
+
+def gap_summary_figure(summary: pd.DataFrame) -> Figure:
+    """Through training: ELBO gaps, mean exact log-ratios, and what of the estimate is signal."""
+    with new_figure(PAGE, 2.0) as figure:
+        left, middle, right = figure.subplots(1, 3)
+        _line(left, summary, "elbo_gap_solved", POLICY, "solved", marker="o")
+        _line(left, summary, "elbo_gap_not_solved", TARGET, "not solved", marker="s")
+        left.set(title="log π − ELBO, nats", xlabel="step", ylim=(0, None))
+        _line(middle, summary, "mean_d_exact", POLICY, "exact ELBO ratio", marker="o")
+        _line(middle, summary, "mean_log_ratio", TARGET, "exact log-ratio (KL)", marker="s")
+        middle.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
+        middle.set(title="Mean on policy, nats", xlabel="step")
+        _line(right, summary, "r_estimate", POLICY, "estimate with its exact value", marker="o")
+        _line(right, summary, "r_log_ratio", TARGET, "exact ELBO ratio with log-ratio", marker="s")
+        right.set(title="Correlation", xlabel="step", ylim=(min(0, summary[["r_estimate", "r_log_ratio"]].min().min()), 1.05))
+        for axis in (left, middle, right):
+            axis.legend()
+    return figure
+
+
+def pairs_figure(pairs: pd.DataFrame, lam: float) -> Figure:
+    """Estimate against advantage at the first and the last evaluated step; the line is the target A/lam."""
+    steps = sorted(pairs["step"].unique())
+    steps = [steps[0], steps[-1]]
+    with new_figure(PAGE, 2.2) as figure:
+        for axis, step in zip(figure.subplots(1, 2, sharex=True, sharey=True), steps):
+            part = pairs[pairs["step"] == step]
+            d_hat = part["d"] - part["d"].mean()
+            for won, colour in ((False, TARGET), (True, POLICY)):
+                some = (part["reward"] == 1) == won
+                axis.scatter(
+                    part["advantage"][some],
+                    d_hat[some],
+                    s=6,
+                    alpha=0.5,
+                    linewidths=0,
+                    color=colour,
+                    label="solved" if won else "not solved",
+                )
+            low, high = axis.get_ylim()
+            if lam > 0:
+                span = np.array([part["advantage"].min(), part["advantage"].max()])
+                axis.plot(span, span / lam, color=INK, linewidth=0.8, linestyle="--", label="target A/λ")
+                axis.set_ylim(low, high)
+            axis.set(title=f"step {step}", xlabel="advantage A", ylabel="estimate d̂, nats")
+        figure.axes[0].legend()
     return figure
 
 

@@ -11,9 +11,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from rspo_lab import objectives
@@ -224,6 +225,28 @@ def roll_out(config: TrainConfig, policy: DiffusionLM, problems: list, generator
     return Rollouts(examples, batch, reward, advantage, record)
 
 
+def starting_point(config: TrainConfig) -> dict[str, float]:
+    """The largest |d| over a few sequences before training: exactly 0 on shared masks, mask noise on independent ones."""
+    policy, reference = _policies(config, _device(config.device))
+    batch = held_still(config, policy, prompts=2, group=4, seed=config.seed).batch
+    mine, theirs = (DESIGNS[config.design](batch.valid.cpu(), config.views, generator=generator(config.seed, "start", i)) for i in (0, 1))
+    with torch.no_grad():
+        score, same, other = (elbo_draws(m, batch, k) for m, k in ((policy, mine), (reference, mine), (reference, theirs)))
+    return {"largest |d|, shared masks": (score - same).abs().max().item(), "independent masks": (score - other).abs().max().item()}
+
+
+def held_still(config: TrainConfig, policy: DiffusionLM, *, prompts: int, group: int, seed: int) -> Rollouts:
+    """Rollouts of `prompts` training problems, the same problems for every policy, for measurements."""
+    config = replace(config, group=group, zero_variance="keep")
+    problems = task_named(config.task).examples("train", prompts, seed=seed)
+    return roll_out(config, policy, problems, generator(seed, "held still"))
+
+
+def pairs(folder: Path) -> pd.DataFrame:
+    """A row a (evaluated step, sequence) of a run: step, d (the estimate, nats), advantage, reward."""
+    return pd.concat([pd.DataFrame(record) for record in _read(folder / "sequences.jsonl")], ignore_index=True)
+
+
 def trained_run(folder: str | Path) -> tuple[TrainConfig, dict[int, Path]]:
     """(config, {step: saved policy}) of a training run; the base counts as step 0."""
     folder = Path(folder)
@@ -259,7 +282,12 @@ def _update(config, policy, reference, optimizer, parameters, rollouts, step, in
         )
     optimizer.step()
     d = score * unit - baseline
-    record = {"loss": loss.value.item(), "gradient_norm": norm, "lr": optimizer.param_groups[0]["lr"], "forward_passes": masks.forward_passes}
+    record = {
+        "loss": loss.value.item(),
+        "gradient_norm": norm,
+        "lr": optimizer.param_groups[0]["lr"],
+        "forward_passes": masks.forward_passes,
+    }
     return record | loss.log | gap_summary(d, weight, config.lam), d.mean(0)
 
 

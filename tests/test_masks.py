@@ -43,7 +43,9 @@ def support(design, views, monkeypatch, cells):
     return total
 
 
-@pytest.mark.parametrize("design, views, cells", [(count, 1, U), (count, 3, U), (systematic, 3, 3 * U), (systematic, 4, U), (coupled, 2, U + 1)])
+@pytest.mark.parametrize(
+    "design, views, cells", [(count, 1, U), (count, 3, U), (systematic, 3, 3 * U), (systematic, 4, U), (coupled, 2, U + 1)]
+)
 def test_unbiased_over_the_exact_support(design, views, cells, monkeypatch):
     """With levels on a grid that every count boundary falls on, the sum over cells is the exact expectation."""
     total = support(design, views, monkeypatch, cells)

@@ -82,8 +82,14 @@ def test_padding_does_not_change_a_completion(model):
     alone, together = model.encode(["9="]), model.encode(["9=", "0123456789="])
     rollouts = [
         generate(
-            model.logits, *encoded, canvas=torch.full((len(encoded[0]), 8), model.mask_id), mask_id=model.mask_id, block=4, steps=8,
-            temperature=0.0, generator=torch.Generator(),
+            model.logits,
+            *encoded,
+            canvas=torch.full((len(encoded[0]), 8), model.mask_id),
+            mask_id=model.mask_id,
+            block=4,
+            steps=8,
+            temperature=0.0,
+            generator=torch.Generator(),
         )
         for encoded in (alone, together)
     ]

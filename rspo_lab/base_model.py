@@ -1,4 +1,4 @@
-"""Masked-diffusion pretraining of a small base model on a task's own solutions, until it solves a stated share.
+"""A small base model: masked-diffusion pretraining on a task's own solutions, and how it decodes.
 
 Shapes: B sequences, L completion tokens.
 """
@@ -63,3 +63,28 @@ def pretrain(
             if rate >= stop_at:
                 break
     return records
+
+
+def decoding(model: DiffusionLM, task: ModuleType, example, *, seed: int) -> pd.DataFrame:
+    """How one compact problem is decoded greedily, one token a step: a row a position, with token, step and confidence."""
+    batch, rollout = complete(
+        model, task, [example], style="compact", length=0, block=0, steps=0, temperature=0.0, threshold=1.0,
+        generator=generator(seed, "decoding"),
+    )  # fmt: skip
+    tokens = model.tokenizer.convert_ids_to_tokens(batch.completion[0].tolist())
+    return pd.DataFrame({"token": tokens, "step": rollout.step[0].tolist(), "confidence": rollout.confidence[0].tolist()})
+
+
+def decoding_table(model: DiffusionLM, task: ModuleType, *, problems: int, seed: int) -> pd.DataFrame:
+    """Held-out solve rate, 95 % Wilson interval and forwards a completion: fewer steps against confidence thresholds."""
+    examples, full = task.examples("test", problems, seed=0), task.COMPACT_LENGTH
+    rows = []
+    for temperature in (0.0, 1.0):
+        for steps, threshold in ((full, 1.0), (full // 2, 1.0), (full // 4, 1.0), (full, 0.95), (full, 0.9), (full, 0.8)):
+            how = {"style": "compact", "length": 0, "block": 0, "steps": steps, "temperature": temperature, "threshold": threshold}
+            _, rollout = complete(model, task, examples, generator=generator(seed, "evaluate", 0), **how)
+            rate = solve_rate(model, task, examples, seed=seed, steps=steps, temperature=temperature, threshold=threshold)
+            forwards = (rollout.step.max(1).values + 1).double().mean().item()
+            low, high = wilson(round(rate * problems), problems)
+            rows.append((temperature, steps, threshold, forwards, rate, low, high, problems))
+    return pd.DataFrame(rows, columns=["temperature", "steps", "threshold", "forwards", "solve_rate", "low", "high", "n"])
