@@ -7,13 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def mean_centred(reward: Float[Tensor, "B"], group: int) -> Float[Tensor, "B"]:
+def mean_centred(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]:
     """Reward minus its group mean.  (Dr. GRPO, arXiv:2503.20783)"""
     reward = _grouped(reward, group)
     return (reward - reward.mean(1, keepdim=True)).flatten()
 
 
-def standardized(reward: Float[Tensor, "B"], group: int) -> Float[Tensor, "B"]:
+def standardized(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]:
     """Mean-centred over the unbiased standard deviation of the group; exactly 0 where all rewards of a group agree.
 
     (GRPO, arXiv:2402.03300, without its epsilon: the degenerate case is a case, not a small divisor)
@@ -25,18 +25,18 @@ def standardized(reward: Float[Tensor, "B"], group: int) -> Float[Tensor, "B"]:
     return (centred / std * differ).flatten()
 
 
-def leave_one_out(reward: Float[Tensor, "B"], group: int) -> Float[Tensor, "B"]:
+def leave_one_out(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]:
     """Reward minus the mean of the group's other rewards, an unbiased baseline.  (RLOO, arXiv:2402.14740)"""
     return mean_centred(reward, group) * (group / (group - 1))
 
 
-def softmax(reward: Float[Tensor, "B"], group: int) -> Float[Tensor, "B"]:
+def softmax(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]:
     """softmax(A) - softmax(-A) in the group, A mean-centred; sums to 0.  (wd1, arXiv:2507.08838)"""
     centred = mean_centred(reward, group).reshape(-1, group)
     return (centred.softmax(1) - (-centred).softmax(1)).flatten()
 
 
-def uninformative(reward: Float[Tensor, "B"], group: int) -> Float[Tensor, "G"]:
+def uninformative(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " G"]:
     """1 for every group whose rewards all agree (no signal in it), else 0."""
     grouped = _grouped(reward, group)
     return (grouped == grouped[:, :1]).all(1).to(reward.dtype)

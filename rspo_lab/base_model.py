@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 from types import ModuleType
 
+import pandas as pd
 import torch
 
 from rspo_lab.batch import Batch
-from rspo_lab.evaluation import solve_rate
+from rspo_lab.diagnostics import wilson
+from rspo_lab.evaluation import complete, solve_rate
 from rspo_lab.keys import generator
 from rspo_lab.masks import count
 from rspo_lab.model import DiffusionLM

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def gap_summary(d: Float[Tensor, "R B"], advantage: Float[Tensor, "B"], lam: float) -> dict[str, float | None]:
+def gap_summary(d: Float[Tensor, "R B"], advantage: Float[Tensor, " B"], lam: float) -> dict[str, float | None]:
     """One training step's estimate against its target; None where a quantity is not defined (lam = 0, R = 1, no spread).
 
     d_mean: mean estimate of log pi/pi_ref.  On-policy its true counterpart, the KL to the reference, is >= 0, so a
@@ -43,20 +43,10 @@ def gap_summary(d: Float[Tensor, "R B"], advantage: Float[Tensor, "B"], lam: flo
     return record
 
 
-def correlation(a: Float[Tensor, "B"], b: Float[Tensor, "B"]) -> float | None:
+def correlation(a: Float[Tensor, " B"], b: Float[Tensor, " B"]) -> float | None:
     """Pearson's, or None where one of them does not vary."""
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     return _ratio((a * b).sum().item(), (a.norm() * b.norm()).item())
-
-
-def calibration_line(estimate: Float[Tensor, "B"], exact: Float[Tensor, "B"]) -> tuple[float, float]:
-    """(slope, intercept) of the least-squares line exact = slope * estimate + intercept; slope 1 is calibrated.
-
-    With unbiased noisy estimates the slope is their reliability, signal variance over signal + noise.
-    """
-    e = estimate.double() - estimate.double().mean()
-    slope = ((e * exact.double()).sum() / (e * e).sum()).item()
-    return slope, exact.double().mean().item() - slope * estimate.double().mean().item()
 
 
 def mean_interval(values: list[float]) -> tuple[float, float, float]:

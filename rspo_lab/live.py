@@ -12,13 +12,14 @@ from IPython import get_ipython
 from IPython.display import display
 
 from rspo_lab import plots, training
+from rspo_lab.config import TrainConfig
 
 POLL = 0.1  # seconds
 REDRAW = 2.0  # seconds, or ten times what a drawing takes if that is longer: Python draws and trains by turns
 PIXELS = 120  # an inch of figure on the page, in CSS pixels; drawn at twice that
 
 
-async def train(config: training.TrainConfig, run) -> list[dict]:
+async def train(config: TrainConfig, run) -> list[dict]:
     """`training.train(config, run)` to its end, or to the Stop button or the kernel's interrupt: `history = await live.train(...)`.
 
     Both stops let the step in hand end, which is saved, and set `run.stopped`.  Where nobody can press a button it trains in
@@ -61,7 +62,7 @@ def watched() -> bool:
 class Panel:
     """Stop button, progress line and figure of one training; every method belongs to the kernel's main thread."""
 
-    def __init__(self, config: training.TrainConfig, stop: threading.Event) -> None:
+    def __init__(self, config: TrainConfig, stop: threading.Event) -> None:
         self.config, self.event = config, stop
         self.button = ipywidgets.Button(description="Stop", icon="stop", tooltip="End after the step in hand and save it")
         self.button.on_click(lambda _: self.stop())

@@ -20,7 +20,7 @@ class Masks:
 
     hidden: Bool[Tensor, "M B L"]  # an empty view costs no forward
     weight: Float[Tensor, "M B"]  # float64, on the CPU like all of a draw
-    replicate: Int[Tensor, "M"]  # views of one id form a self-contained estimate; the estimate is the mean over ids
+    replicate: Int[Tensor, " M"]  # views of one id form a self-contained estimate; the estimate is the mean over ids
 
     @property
     def replicates(self) -> int:
@@ -102,7 +102,7 @@ def _count(valid, used, level, order, replicate) -> Masks:
     return Masks((order < size[..., None]) & valid, used.double() / (size * views_each), replicate)
 
 
-def _tokens(valid, views) -> Int[Tensor, "B"]:
+def _tokens(valid, views) -> Int[Tensor, " B"]:
     """u of every row; refuses what no design can mask."""
     if views < 1:
         raise ValueError(f"a design needs at least 1 view, not {views}")

@@ -20,10 +20,10 @@ class Loss:
 
 def rspo(
     d: Float[Tensor, "R B"],
-    advantage: Float[Tensor, "B"],
+    advantage: Float[Tensor, " B"],
     *,
     lam: float,
-    scope: Int[Tensor, "B"] | Literal["batch", "none"] = "batch",
+    scope: Int[Tensor, " B"] | Literal["batch", "none"] = "batch",
     residual: Literal["shared", "leave_one_out"] = "shared",
 ) -> Loss:
     """-mean sg(A - lam d_hat) d_hat,  d_hat = d - sg(mean of d over its scope).  (RSPO, arXiv:2605.10218, Eq. 3.3)
@@ -53,7 +53,7 @@ def rspo(
     return Loss(-(weight * d_hat).mean(), {"weight_rms": weight.mean(0).square().mean().sqrt().item(), "sign_flips": flipped})
 
 
-def reinforce_elbo(score: Float[Tensor, "R B"], advantage: Float[Tensor, "B"]) -> Loss:
+def reinforce_elbo(score: Float[Tensor, "R B"], advantage: Float[Tensor, " B"]) -> Loss:
     """-mean A score: advantage-weighted ELBO ascent, the gradient of `rspo` at lam = 0 (the reference drops out)."""
     return Loss(-(advantage * score).mean(), {"weight_rms": advantage.square().mean().sqrt().item(), "sign_flips": 0.0})
 

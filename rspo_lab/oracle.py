@@ -19,27 +19,26 @@ from rspo_lab.batch import Batch
 MOST_TOKENS = 16
 
 
-def exact_elbo(denoiser: Callable, batch: Batch, *, slice_size: int = 4096) -> Float[Tensor, "B"]:
+def exact_elbo(denoiser: Callable, batch: Batch, *, slice_size: int = 256) -> Float[Tensor, " B"]:
     """ELBO(y|x) = sum over non-empty S of g(S) / (|S| C(u, |S|)), g(S) the summed log-probs of S hidden all at once."""
     return exact_scores(denoiser, batch, slice_size=slice_size)[0]
 
 
-def exact_logp(denoiser: Callable, batch: Batch, *, slice_size: int = 4096) -> Float[Tensor, "B"]:
+def exact_logp(denoiser: Callable, batch: Batch, *, slice_size: int = 256) -> Float[Tensor, " B"]:
     """log p(y|x) under random-order one-token-a-step decoding, by dynamic programming over subsets."""
     return exact_scores(denoiser, batch, slice_size=slice_size)[1]
 
 
-def exact_scores(denoiser: Callable, batch: Batch, *, slice_size: int = 4096) -> tuple[Tensor, Tensor]:
-    """(ELBO, log p), each (B,), from one pass over the 2^u subsets of every row."""
-    tables = [subset_table(denoiser, batch, row, slice_size=slice_size) for row in range(len(batch))]
+def exact_scores(denoiser: Callable, batch: Batch, *, slice_size: int = 256) -> tuple[Tensor, Tensor]:
+    """(ELBO, log p), each (B,), from one pass over the 2^u subsets of every distinct row."""
+    tables = subset_tables(denoiser, batch, slice_size=slice_size)
     return torch.stack([table_elbo(t) for t in tables]), torch.stack([table_logp(t) for t in tables])
 
 
-def count_moments(denoiser: Callable, batch: Batch, *, slice_size: int = 4096) -> tuple[Tensor, Tensor]:
+def count_moments(denoiser: Callable, batch: Batch, *, slice_size: int = 256) -> tuple[Tensor, Tensor]:
     """(mean, variance), each (B,), of one view of the count-uniform estimator: exact, over l ~ U{1..u} and its subsets."""
     moments = []
-    for row in range(len(batch)):
-        table = subset_table(denoiser, batch, row, slice_size=slice_size)
+    for table in subset_tables(denoiser, batch, slice_size=slice_size):
         tokens = table.shape[1]
         size, law = _sizes_and_law(tokens)
         draw = table.sum(1)[1:] * tokens / size[1:]
@@ -48,7 +47,17 @@ def count_moments(denoiser: Callable, batch: Batch, *, slice_size: int = 4096) -
     return tuple(torch.stack(moments, 1))
 
 
-def subset_table(denoiser: Callable, batch: Batch, row: int, *, slice_size: int = 4096) -> Float[Tensor, "S u"]:
+def subset_tables(denoiser: Callable, batch: Batch, *, slice_size: int = 256) -> list[Float[Tensor, "S u"]]:
+    """`subset_table` of every row; rows that are equal in every way, as greedy samples often are, share one."""
+    fields = (batch.prompt, batch.prompt_valid, batch.completion, batch.valid)
+    keys, tables = [str([field[row].tolist() for field in fields]) for row in range(len(batch))], {}
+    for row, key in enumerate(keys):
+        if key not in tables:
+            tables[key] = subset_table(denoiser, batch, row, slice_size=slice_size)
+    return [tables[key] for key in keys]
+
+
+def subset_table(denoiser: Callable, batch: Batch, row: int, *, slice_size: int = 256) -> Float[Tensor, "S u"]:
     """log q(y_i | x, y without S) for all 2^u subsets S of a row (bit j of the index = j-th valid token hidden), 0 outside S."""
     where = batch.valid[row].nonzero()[:, 0]
     tokens = len(where)

@@ -7,51 +7,64 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rspo_lab.diagnostics import calibration_line
+from rspo_lab.diagnostics import wilson
 from rspo_lab.style import DESIGN_STYLE, INK, PAGE, POLICY, REFERENCE, TARGET, new_figure
 
 
 def training_figure(history: list[dict], lam: float) -> Figure:
     """Six panels of one run: reward and held-out solve rate, d, gap to the target, mask noise, correction, gradient."""
     frame = pd.DataFrame(history)
-    with new_figure(PAGE, 3.3) as figure:
-        axes = figure.subplots(2, 3)
-        _line(axes[0, 0], frame, "reward", POLICY, "sampled reward", smooth=True)
-        _line(axes[0, 0], frame, "eval_solve_rate", TARGET, "held-out solve rate (greedy)", marker="o")
-        axes[0, 0].set(title="Reward", ylim=(0, 1))
-        _line(axes[0, 1], frame, "d_mean", POLICY, "mean d", smooth=True)
-        axes[0, 1].axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
-        axes[0, 1].set(title="On-policy d (≥ 0 if the ELBO is tight)", ylabel="nats")
+    with new_figure(PAGE, 3.4) as figure:
+        (reward, mean_d, gap), (noise, correction, gradient) = figure.subplots(2, 3)
+        _line(reward, frame, "reward", POLICY, "sampled", smooth=True)
+        _line(reward, frame, "eval_solve_rate", TARGET, "held out, greedy", marker="o")
+        reward.set(title="Reward, solve rate", ylim=(0, 1))
+        _line(mean_d, frame, "d_mean", POLICY, "d", smooth=True)
+        mean_d.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
+        mean_d.set(title="Mean of d on policy, nats")
         if lam > 0:
-            _line(axes[0, 2], frame, "target_rms", TARGET, "target A/λ", smooth=True)
-            _line(axes[0, 2], frame, "gap_rms", POLICY, "gap A/λ − d̂", smooth=True)
-        _line(axes[0, 2], frame, "d_sd", INK, "estimate d̂", smooth=True)
-        axes[0, 2].set(title="Target, estimate, gap", ylabel="rms, nats", yscale="log")
-        _line(axes[1, 0], frame, "mask_sd", POLICY, "sd of one replicate of d", smooth=True)
-        axes[1, 0].set(title="Mask noise", ylabel="nats", xlabel="step", ylim=(0, None))
-        _line(axes[1, 1], frame, "calibration_ratio", POLICY, "λ sd(d̂) / sd(A)", smooth=True)
-        _line(axes[1, 1], frame, "sign_flips", TARGET, "share of sign flips", smooth=True)
-        axes[1, 1].set(title="How much λ corrects", xlabel="step", ylim=(0, None))
-        _line(axes[1, 2], frame, "gradient_norm", POLICY, "gradient norm before clipping", smooth=True)
-        axes[1, 2].set(title="Gradient", xlabel="step", yscale="log")
-        for axis in axes.flat:
+            _line(gap, frame.replace({"target_rms": {0: np.nan}}), "target_rms", TARGET, "target A/λ", smooth=True)
+            _line(gap, frame.replace({"gap_rms": {0: np.nan}}), "gap_rms", POLICY, "gap A/λ − d̂", smooth=True)
+        _line(gap, frame[frame["step"] > 1], "d_sd", INK, "estimate d̂", smooth=True)
+        gap.set(title="Target, gap, estimate: rms, nats", yscale="log")
+        _line(noise, frame, "mask_sd", POLICY, "mask noise", smooth=True)
+        noise.set(title="Mask noise: sd of one draw of d", xlabel="step", ylim=(0, None))
+        _line(correction, frame, "calibration_ratio", POLICY, "λ sd(d̂) / sd(A)", smooth=True)
+        _line(correction, frame, "sign_flips", TARGET, "share of sign flips", smooth=True)
+        correction.set(title="How much λ corrects", xlabel="step", ylim=(0, None))
+        _line(gradient, frame, "gradient_norm", POLICY, "gradient", smooth=True)
+        gradient.set(title="Gradient norm", xlabel="step", yscale="log")
+        for axis in figure.axes:
             axis.set_xlim(0, max(1, frame["step"].max()))
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(loc="best")
+            axis.minorticks_off()
+            if len(axis.get_legend_handles_labels()[0]) > 1:
+                axis.legend(loc="best").set_in_layout(False)
     return figure
 
 
-def learning_figure(runs: dict[str, list[dict]], colours: dict[str, str], title: str) -> Figure:
-    """Held-out solve rate against the step for several runs, and the on-policy mean of d beside it."""
+def learning_figure(runs: dict[str, list[dict]], colours: dict[str, str], problems: int) -> Figure:
+    """Greedy held-out solve rate against the step (bars: 95 % Wilson over the problems), and the mean of d on policy."""
     with new_figure(PAGE, 2.1) as figure:
         left, right = figure.subplots(1, 2)
-        for label, history in runs.items():
+        for (label, history), marker in zip(runs.items(), "osD^"):
             frame = pd.DataFrame(history)
-            _line(left, frame, "eval_solve_rate", colours[label], label, marker="o")
+            rate = frame.dropna(subset="eval_solve_rate")
+            low, high = zip(*(wilson(round(p * problems), problems) for p in rate["eval_solve_rate"]))
+            whiskers = [rate["eval_solve_rate"] - low, high - rate["eval_solve_rate"]]
+            left.errorbar(
+                rate["step"],
+                rate["eval_solve_rate"],
+                whiskers,
+                color=colours[label],
+                marker=marker,
+                label=label,
+                elinewidth=0.5,
+                capsize=1.5,
+            )
             _line(right, frame, "d_mean", colours[label], label, smooth=True)
-        left.set(xlabel="step", ylabel="held-out solve rate", title=title)
+        left.set(xlabel="step", title="Held-out solve rate, greedy")
         right.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
-        right.set(xlabel="step", ylabel="mean of d on policy, nats", title="ELBO log-ratio to the reference", yscale="symlog")
+        right.set(xlabel="step", title="Mean ELBO log-ratio on policy, nats", yscale="symlog")
         left.legend()
     return figure
 
@@ -79,7 +92,7 @@ def variance_figure(results: pd.DataFrame) -> Figure:
             axis.set_xticks(sorted(part["views"].unique()), [str(v) for v in sorted(part["views"].unique())], minor=False)
             axis.minorticks_off()
         for axis in axes[1]:
-            axis.set_xlabel("forward passes a sequence (non-empty views)")
+            axis.set_xlabel("forward passes a sequence")
         axes[0, 0].legend()
     return figure
 
@@ -99,49 +112,48 @@ def bias_figure(results: pd.DataFrame) -> Figure:
                 )
                 axis.set_xticks(range(len(rows)), [str(v) for v in rows["views"]])
             axis.axhline(0, color=INK, linewidth=0.7)
-            axis.set(title=f"Bias of the {quantity.removeprefix('bias_')}, nats", xlabel="views")
+            axis.set(title=f"Bias of {'the score' if quantity == 'bias_score' else 'd'}, nats", xlabel="views")
         axes[0].legend()
     return figure
 
 
-def gap_figure(samples: pd.DataFrame, lam: float) -> Figure:
-    """Target against estimate through training: a scatter a snapshot with its calibration line, and the gap's distribution."""
+def gap_figure(samples: pd.DataFrame) -> Figure:
+    """Target against estimate, a panel a saved policy with its regression line, and the distribution of the gap."""
     steps = sorted(samples["step"].unique())
-    with new_figure(PAGE, 2.2) as figure:
-        axes = figure.subplots(1, len(steps) + 1, gridspec_kw={"width_ratios": [1] * len(steps) + [1.2]})
+    with new_figure(PAGE, 1.9) as figure:
+        axes = figure.subplots(1, len(steps) + 1)
         for axis, step in zip(axes, steps):
             part = samples[samples["step"] == step]
-            axis.scatter(part["d_hat"], part["target"], s=6, color=POLICY, alpha=0.5, linewidths=0)
-            low, high = part["d_hat"].min(), part["d_hat"].max()
-            slope, intercept = calibration_line(part["d_hat"].to_numpy(), part["target"].to_numpy())
-            axis.plot([low, high], [intercept + slope * low, intercept + slope * high], color=TARGET, label=f"slope {slope:.2g}")
+            _scatter(axis, part, "d_hat", "target")
+            slope, intercept = np.polyfit(part["d_hat"], part["target"], 1)
+            span = np.array([part["d_hat"].min(), part["d_hat"].max()])
+            axis.plot(span, intercept + slope * span, color=INK)
             axis.axline((0, 0), slope=1, color=INK, linewidth=0.7, linestyle="--")
-            axis.set(title=f"step {step}", xlabel="estimate d̂, nats")
-            axis.legend(loc="upper left")
+            axis.set(title=f"step {step}", xlabel="d̂, nats")
+            axis.locator_params(axis="x", nbins=3)
         axes[0].set_ylabel("target A/λ, nats")
-        axes[-1].boxplot([samples[samples["step"] == s]["gap"] for s in steps], tick_labels=[str(s) for s in steps], whis=(5, 95), sym="")
-        axes[-1].set(title="gap A/λ − d̂, nats", xlabel="step")
+        gaps = [samples[samples["step"] == step]["gap"] for step in steps]
+        axes[-1].boxplot(gaps, tick_labels=[str(step) for step in steps], whis=(5, 95), sym="", medianprops={"color": TARGET})
+        axes[-1].set(title="gap, nats", xlabel="step")
     return figure
 
 
 def exact_figure(samples: pd.DataFrame) -> Figure:
-    """Estimated d, exact ELBO difference and exact log-ratio against each other, a row a comparison, a column a snapshot."""
+    """Above: estimate against exact ELBO ratio (mask noise).  Below: that against the exact log-ratio (bias of the ELBO)."""
     steps = sorted(samples["step"].unique())
-    pairs = [("d_estimate", "d_exact", "estimate", "exact ELBO ratio"), ("d_exact", "log_ratio", "exact ELBO ratio", "exact log π/π_ref")]
-    with new_figure(PAGE, 3.4) as figure:
-        axes = figure.subplots(2, len(steps), squeeze=False)
-        for row, (x, y, x_label, y_label) in zip(axes, pairs):
+    with new_figure(PAGE, 3.2) as figure:
+        rows = figure.subplots(2, len(steps), squeeze=False)
+        for row, (x, y, x_label, y_label) in zip(
+            rows, (("d", "d_exact", "estimate d", "exact ELBO ratio"), ("d_exact", "log_ratio", "exact ELBO ratio", "exact log π/π_ref"))
+        ):
             for axis, step in zip(row, steps):
                 part = samples[samples["step"] == step]
-                for won, colour in ((0, TARGET), (1, POLICY)):
-                    some = part[(part["reward"] == 1) == won]
-                    axis.scatter(some[x], some[y], s=6, alpha=0.5, color=colour, linewidths=0, label="solved" if won else "not solved")
+                _scatter(axis, part, x, y)
                 axis.axline((0, 0), slope=1, color=INK, linewidth=0.7, linestyle="--")
-                slope, _ = calibration_line(part[x].to_numpy(), part[y].to_numpy())
-                r = np.corrcoef(part[x], part[y])[0, 1]
-                axis.set(title=f"step {step}: slope {slope:.2f}, r {r:.2f}", xlabel=f"{x_label}, nats")
+                axis.set(title=f"step {step}: r = {np.corrcoef(part[x], part[y])[0, 1]:.2f}", xlabel=f"{x_label}, nats")
+                axis.locator_params(nbins=4)
             row[0].set_ylabel(f"{y_label}, nats")
-        axes[0, 0].legend()
+        rows[0, 0].legend(loc="best").set_in_layout(False)
     return figure
 
 
@@ -223,6 +235,13 @@ def pairs_figure(pairs: pd.DataFrame, lam: float) -> Figure:
             axis.set(title=f"step {step}", xlabel="advantage A", ylabel="estimate d̂, nats")
         figure.axes[0].legend()
     return figure
+
+
+def _scatter(axis, part, x, y):
+    """A point a sequence, solved and unsolved ones apart."""
+    for won, colour, marker in ((True, POLICY, "o"), (False, TARGET, "^")):
+        some = part[(part["reward"] == 1) == won]
+        axis.scatter(some[x], some[y], s=7, color=colour, marker=marker, alpha=0.5, linewidths=0, label="solved" if won else "not solved")
 
 
 def _line(axis, frame, column, colour, label, *, marker=None, smooth=False):

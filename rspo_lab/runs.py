@@ -51,7 +51,7 @@ class Run:
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Say how far the run is; at most one write a second, and always the last."""
-        self._status["progress"] = {"done": done, "total": total, "note": note}
+        self._status |= {"state": "running", "progress": {"done": done, "total": total, "note": note}}
         if done == total or time.monotonic() - self._progressed >= 1:
             self._progressed = time.monotonic()
             self._write()

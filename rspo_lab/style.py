@@ -21,8 +21,8 @@ DESIGN_STYLE = {  # colour and marker, so that a figure also reads in grey
 POLICY, TARGET, REFERENCE = OKABE_ITO["blue"], OKABE_ITO["vermillion"], INK
 
 _RC = {
-    "figure.constrained_layout.use": True, "figure.dpi": 150, "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
-    "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False, "legend.handlelength": 1.6,
+    "figure.constrained_layout.use": True, "figure.dpi": 150, "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 7.5,
+    "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 6.5, "legend.frameon": False, "legend.handlelength": 1.6,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "#dddddd",
     "axes.axisbelow": True, "lines.linewidth": 1.2, "lines.markersize": 3.5, "axes.linewidth": 0.6, "pdf.fonttype": 42,
     "ps.fonttype": 42, "svg.fonttype": "none", "mathtext.fontset": "stix",
@@ -33,4 +33,6 @@ _RC = {
 def new_figure(width: float, height: float) -> Iterator[Figure]:
     """A Figure (no pyplot, so safe in threads) to fill inside the `with`; everything drawn there is in house style."""
     with matplotlib.rc_context(_RC):
-        yield Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        figure.draw_without_rendering()  # ticks are made when first drawn: here, in house style

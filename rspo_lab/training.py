@@ -5,21 +5,20 @@ Shapes: B = prompts x group completions a step (group-major), R replicates of th
 
 import json
 import math
-import os
 import resource
 import signal
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
-import pandas as pd
 import torch
 
 from rspo_lab import objectives
 from rspo_lab.advantages import ADVANTAGES, uninformative
 from rspo_lab.batch import Batch
+from rspo_lab.checkpoints import append, keep_steps, read, resume, save, save_snapshot
+from rspo_lab.config import TrainConfig
 from rspo_lab.diagnostics import gap_summary
 from rspo_lab.estimators import elbo_draws, elbo_slices
 from rspo_lab.evaluation import complete, rewards, solve_rate
@@ -28,69 +27,6 @@ from rspo_lab.keys import generator
 from rspo_lab.masks import DESIGNS
 from rspo_lab.model import DiffusionLM, add_lora, load, reference_of
 from rspo_lab.tasks import task as task_named
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run; `objective="rspo"` with lam = 0 is the raw advantage."""
-
-    model: str  # local folder or hub name of the base, which is also the frozen reference
-    task: str
-    data: str = ""  # a local file in the task's public format; "" is the task's own training split
-    style: str = "compact"  # prompt style: compact (tiny models) or d1
-    seed: int = 0
-    steps: int = 120
-    prompts: int = 16  # a step
-    group: int = 8  # completions a prompt
-    length: int = 0  # completion tokens where the style is not compact (there the task says)
-    block: int = 0  # tokens a decoding block; 0 is the whole completion
-    decode_steps: int = 0  # denoising steps a completion; 0 is one a token
-    temperature: float = 1.0
-    threshold: float = 1.0  # below 1, rollouts also unmask every token more confident than this at once (faster)
-    objective: str = "rspo"
-    lam: float = 0.03  # nats^-1 in the score's unit
-    advantage: str = "standardized"
-    scope: str = "batch"  # rows that share a centre of d: batch, group, none
-    residual: str = "shared"  # or leave_one_out
-    score_unit: str = "sequence"  # sum of nats; or token: mean over valid tokens
-    use_reference: bool = True  # False: d is the score itself
-    zero_variance: str = "keep"  # groups whose rewards agree: keep (pulled to the reference) or skip
-    design: str = "count"
-    views: int = 2
-    inner_steps: int = 1  # updates on one rollout
-    lr: float = 3e-4
-    warmup: int = 10  # steps of linear warm-up, then a cosine to a tenth
-    max_grad_norm: float = 1.0
-    lora: str = "none"  # none (all weights), all-linear, or d1
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    eval_every: int = 20
-    eval_steps: int = 0  # denoising steps of the greedy held-out evaluation; 0 is one a token
-    eval_problems: int = 256
-    checkpoint_every: int = 10
-    snapshots: int = 4  # evenly spaced saved policies, the last one final
-    slice_size: int = 512  # masked sequences a forward; more views than this cost one more forward each, not more memory
-    device: str = "auto"  # cuda, else mps, else cpu
-    dtype: str = "float32"
-
-    def __post_init__(self):
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name in AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.group < 2:
-            raise ValueError(f"group must be at least 2 to have an advantage, not {self.group}")
-        if self.style != "compact" and self.length < 1:
-            raise ValueError(f"style {self.style!r} needs a length, the number of completion tokens")
-        if self.lam < 0 or self.lr <= 0:
-            raise ValueError(f"lam must be >= 0 and lr > 0, not {self.lam} and {self.lr}")
-        task_named(self.task)
-
-    @property
-    def snapshot_steps(self) -> list[int]:
-        return sorted({round(self.steps * (i + 1) / self.snapshots) for i in range(self.snapshots)})
 
 
 def rspo(config, score, reference, advantage):
@@ -105,12 +41,6 @@ def reinforce_elbo(config, score, reference, advantage):
 
 
 RECIPES = {"rspo": rspo, "reinforce_elbo": reinforce_elbo}
-CHOICES = {
-    "objective": RECIPES, "advantage": ADVANTAGES, "design": DESIGNS, "scope": ("batch", "group", "none"),
-    "residual": ("shared", "leave_one_out"), "score_unit": ("sequence", "token"), "zero_variance": ("keep", "skip"),
-    "lora": ("none", "all-linear", "d1"), "style": ("compact", "d1"), "dtype": ("float32", "bfloat16"),
-}  # fmt: skip
-AT_LEAST_ONE = ("steps", "prompts", "views", "inner_steps", "eval_every", "eval_problems", "checkpoint_every", "snapshots", "slice_size")
 
 
 class Diverged(RuntimeError):
@@ -137,6 +67,7 @@ def train(
     Raises ValueError for a checkpoint of another config, Diverged for a loss that is not finite, Preempted on SIGTERM or
     SIGUSR2 (once the step in hand is saved).
     """
+    run.stopped = False
     device = _device(config.device)
     policy, reference = _policies(config, device)
     with replacing(run.path / "config.json") as path:
@@ -146,13 +77,13 @@ def train(
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps")
     files = [run.path / "metrics.jsonl", run.path / "sequences.jsonl", run.path / "timing.jsonl"]
-    done = _resume(config, run.path, parameters, optimizer)
+    done = resume(config, run.path, parameters, optimizer)
     for file in files:
-        _keep_steps(file, done)
-    history = _read(files[0])
+        keep_steps(file, done)
+    history = read(files[0])
     if done == 0:
         history.append({"step": 0, "eval_solve_rate": _evaluate(config, policy, task, held_out)})
-        _append(files[0], history[-1])
+        append(files[0], history[-1])
     on_step(history[-1])
     with _signals() as received:
         for step in range(done + 1, config.steps + 1):
@@ -167,15 +98,15 @@ def train(
             if step % config.eval_every == 0 or step == config.steps:
                 record["eval_solve_rate"] = _evaluate(config, policy, task, held_out)
                 pairs = {"d": d.tolist(), "advantage": rollouts.advantage.tolist(), "reward": rollouts.reward.tolist()}
-                _append(files[1], {"step": step} | pairs)
-            _append(files[0], record)
-            _append(files[2], timing)
+                append(files[1], {"step": step} | pairs)
+            append(files[0], record)
+            append(files[2], timing)
             history.append(record)
             if step in config.snapshot_steps:
-                _save_snapshot(policy, run.path / "snapshots" / f"{step:06d}")
+                save_snapshot(policy, run.path / "snapshots" / f"{step:06d}")
             stopping = should_stop()
             if step % config.checkpoint_every == 0 or step == config.steps or stopping or received:
-                _save(config, run.path, step, parameters, optimizer)
+                save(config, run.path, step, parameters, optimizer)
             run.progress(step, config.steps, f"reward {record['reward']:.2f}")
             on_step(record)
             if received:
@@ -240,23 +171,6 @@ def held_still(config: TrainConfig, policy: DiffusionLM, *, prompts: int, group:
     config = replace(config, group=group, zero_variance="keep")
     problems = task_named(config.task).examples("train", prompts, seed=seed)
     return roll_out(config, policy, problems, generator(seed, "held still"))
-
-
-def pairs(folder: Path) -> pd.DataFrame:
-    """A row a (evaluated step, sequence) of a run: step, d (the estimate, nats), advantage, reward."""
-    return pd.concat([pd.DataFrame(record) for record in _read(folder / "sequences.jsonl")], ignore_index=True)
-
-
-def trained_run(folder: str | Path) -> tuple[TrainConfig, dict[int, Path]]:
-    """(config, {step: saved policy}) of a training run; the base counts as step 0."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no training run at {folder}: give the folder that holds its config.json and snapshots/")
-    config = TrainConfig(**json.loads((folder / "config.json").read_text()))
-    saved = {int(path.name): path for path in sorted((folder / "snapshots").glob("*")) if path.suffix != ".partial"}
-    if not saved:
-        raise FileNotFoundError(f"{folder} has no snapshots yet: let its training reach step {config.snapshot_steps[0]}")
-    return config, {0: Path(config.model)} | saved
 
 
 def _update(config, policy, reference, optimizer, parameters, rollouts, step, inner):
@@ -357,57 +271,6 @@ def _peak_gib(device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _save(config, folder: Path, step: int, parameters, optimizer) -> None:
-    """checkpoint.pt, whole or not at all."""
-    state = {"config": asdict(config), "step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}
-    with replacing(folder / "checkpoint.pt") as path:
-        torch.save(state, path)
-
-
-def _resume(config, folder: Path, parameters, optimizer) -> int:
-    """Loads checkpoint.pt if there is one; the number of finished steps."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True, map_location=parameters[0].device)
-    differ = [k for k, v in asdict(config).items() if state["config"].get(k) != v]
-    if differ:
-        raise ValueError(f"{path} was made with another {', '.join(differ)}: use another run folder, or delete this one")
-    with torch.no_grad():
-        for parameter, saved in zip(parameters, state["parameters"], strict=True):
-            parameter.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def _save_snapshot(policy, folder: Path) -> None:
-    """A policy as a Hugging Face folder that appears under its name only when complete."""
-    if folder.exists():
-        return
-    partial = folder.with_suffix(".partial")
-    policy.save(partial)
-    os.replace(partial, folder)
-
-
-def _append(path: Path, record: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def _read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _keep_steps(path: Path, done: int) -> None:
-    """Drops what a killed run wrote after its checkpoint, and a half-written last line."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done] if done else []
-    with replacing(path) as partial:
-        partial.write_text("".join(kept))
 
 
 class _signals:

@@ -14,7 +14,7 @@ from ipywidgets import Button
 from matplotlib.figure import Figure
 
 from rspo_lab import live
-from rspo_lab.training import TrainConfig
+from rspo_lab.config import TrainConfig
 
 CONFIG = TrainConfig(model="nowhere", task="sudoku", steps=20)
 

@@ -9,13 +9,13 @@ from conftest import completions, table_denoiser
 from rspo_lab.estimators import elbo_draws, log_ratio_draws
 from rspo_lab.masks import DESIGNS
 from rspo_lab.measurement import gap_samples, gradient_rows, score_rows, table_estimates
-from rspo_lab.oracle import count_moments, exact_scores, subset_table
+from rspo_lab.oracle import count_moments, exact_scores, subset_tables
 
 
 @pytest.mark.parametrize("name", DESIGNS)
 def test_table_estimates_are_the_estimator(name, small):
     masks = DESIGNS[name](small.batch.valid.repeat_interleave(5, 0), 4, generator=torch.Generator().manual_seed(0))
-    tables = [subset_table(small.policy, small.batch, row) for row in range(3)]
+    tables = subset_tables(small.policy, small.batch)
     repeated = small.batch.rows(torch.arange(3).repeat_interleave(5))
     direct = elbo_draws(small.policy, repeated, masks).mean(0).view(3, 5).T
     assert torch.allclose(table_estimates(tables, small.batch.valid, masks), direct.detach(), atol=1e-12)

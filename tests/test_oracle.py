@@ -66,6 +66,18 @@ def test_moments_of_one_count_view(small):
     assert ((deviation.mean(0) - variance).abs() < 5 * deviation.std(0) / 20_000**0.5).all()
 
 
+def test_equal_rows_are_computed_once_and_others_not_mixed_up(small):
+    calls = []
+
+    def counting(batch, hidden):
+        calls.append(len(batch))
+        return small.policy(batch, hidden)
+
+    elbo = exact_elbo(counting, small.batch.rows([0, 1, 0, 0]))
+    assert sum(calls) == 2 * 2**4
+    assert elbo.tolist() == exact_elbo(small.policy, small.batch)[[0, 1, 0, 0]].tolist()
+
+
 def test_too_long_a_row_is_refused():
     with pytest.raises(ValueError, match="1..16 valid tokens, not 17"):
         exact_elbo(lambda b, h: h.double(), completions([[0] * 17]))

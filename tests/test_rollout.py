@@ -37,7 +37,8 @@ def model():
 def test_greedy_equals_the_slow_sampler(model, length, block, steps):
     prompt, prompt_valid = model.encode(["12=", "345678=", "9="])
     rollout = generate(
-        model.logits, prompt, prompt_valid, canvas=torch.full((3, length), model.mask_id), mask_id=model.mask_id, block=block, steps=steps, temperature=0.0,
+        model.logits, prompt, prompt_valid, canvas=torch.full((3, length), model.mask_id), mask_id=model.mask_id, block=block, steps=steps,
+        temperature=0.0,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     for row in range(3):

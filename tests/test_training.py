@@ -15,12 +15,13 @@ import torch
 
 from rspo_lab import training
 from rspo_lab.batch import Batch
+from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import elbo_draws
 from rspo_lab.masks import count
 from rspo_lab.model import load, tiny
 from rspo_lab.objectives import rspo
 from rspo_lab.tasks import countdown
-from rspo_lab.training import RECIPES, Diverged, Preempted, TrainConfig, accumulate_gradient, train
+from rspo_lab.training import RECIPES, Diverged, Preempted, accumulate_gradient, train
 
 
 class Folder:

@@ -1,0 +1,83 @@
+"""What a training run keeps on disk: checkpoint.pt to go on from, snapshots/ to measure, and jsonl records of its steps.
+
+Every file is whole or not there; after a kill the records are cut back to the checkpoint, so that a resumed run is the same.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from rspo_lab.config import TrainConfig
+from rspo_lab.files import replacing
+
+
+def save(config, folder: Path, step: int, parameters, optimizer) -> None:
+    """checkpoint.pt, whole or not at all."""
+    state = {"config": asdict(config), "step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}
+    with replacing(folder / "checkpoint.pt") as path:
+        torch.save(state, path)
+
+
+def resume(config, folder: Path, parameters, optimizer) -> int:
+    """Loads checkpoint.pt if there is one; the number of finished steps."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True, map_location=parameters[0].device)
+    differ = [k for k, v in asdict(config).items() if state["config"].get(k) != v]
+    if differ:
+        raise ValueError(f"{path} was made with another {', '.join(differ)}: use another run folder, or delete this one")
+    with torch.no_grad():
+        for parameter, saved in zip(parameters, state["parameters"], strict=True):
+            parameter.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def save_snapshot(policy, folder: Path) -> None:
+    """A policy as a Hugging Face folder that appears under its name only when complete."""
+    if folder.exists():
+        return
+    partial = folder.with_suffix(".partial")
+    policy.save(partial)
+    os.replace(partial, folder)
+
+
+def append(path: Path, record: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def keep_steps(path: Path, done: int) -> None:
+    """Drops what a killed run wrote after its checkpoint, and a half-written last line."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done] if done else []
+    with replacing(path) as partial:
+        partial.write_text("".join(kept))
+
+
+def pairs(folder: Path) -> pd.DataFrame:
+    """A row a (evaluated step, sequence) of a run: step, d (the estimate, nats), advantage, reward."""
+    return pd.concat([pd.DataFrame(record) for record in read(folder / "sequences.jsonl")], ignore_index=True)
+
+
+def trained_run(folder: str | Path) -> tuple[TrainConfig, dict[int, Path]]:
+    """(config, {step: saved policy}) of a training run; the base counts as step 0."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no training run at {folder}: give the folder that holds its config.json and snapshots/")
+    config = TrainConfig(**json.loads((folder / "config.json").read_text()))
+    saved = {int(path.name): path for path in sorted((folder / "snapshots").glob("*")) if path.suffix != ".partial"}
+    if not saved:
+        raise FileNotFoundError(f"{folder} has no snapshots yet: let its training reach step {config.snapshot_steps[0]}")
+    return config, {0: Path(config.model)} | saved

@@ -1,0 +1,77 @@
+"""The configuration of one training run: every choice a field, checked as soon as it is made."""
+
+from dataclasses import dataclass
+
+from rspo_lab.advantages import ADVANTAGES
+from rspo_lab.masks import DESIGNS
+from rspo_lab.tasks import task as task_named
+
+CHOICES = {
+    "objective": ("rspo", "reinforce_elbo"), "advantage": ADVANTAGES, "design": DESIGNS, "scope": ("batch", "group", "none"),
+    "residual": ("shared", "leave_one_out"), "score_unit": ("sequence", "token"), "zero_variance": ("keep", "skip"),
+    "lora": ("none", "all-linear", "d1"), "style": ("compact", "d1"), "dtype": ("float32", "bfloat16"),
+}  # fmt: skip
+AT_LEAST_ONE = ("steps", "prompts", "views", "inner_steps", "eval_every", "eval_problems", "checkpoint_every", "snapshots", "slice_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run; `objective="rspo"` with lam = 0 is the raw advantage."""
+
+    model: str  # local folder or hub name of the base, which is also the frozen reference
+    task: str
+    data: str = ""  # a local file in the task's public format; "" is the task's own training split
+    style: str = "compact"  # prompt style: compact (tiny models) or d1
+    seed: int = 0
+    steps: int = 120
+    prompts: int = 16  # a step
+    group: int = 8  # completions a prompt
+    length: int = 0  # completion tokens where the style is not compact (there the task says)
+    block: int = 0  # tokens a decoding block; 0 is the whole completion
+    decode_steps: int = 0  # denoising steps a completion; 0 is one a token
+    temperature: float = 1.0
+    threshold: float = 1.0  # below 1, rollouts also unmask every token more confident than this at once (faster)
+    objective: str = "rspo"
+    lam: float = 0.03  # nats^-1 in the score's unit
+    advantage: str = "standardized"
+    scope: str = "batch"  # rows that share a centre of d: batch, group, none
+    residual: str = "shared"  # or leave_one_out
+    score_unit: str = "sequence"  # sum of nats; or token: mean over valid tokens
+    use_reference: bool = True  # False: d is the score itself
+    zero_variance: str = "keep"  # groups whose rewards agree: keep (pulled to the reference) or skip
+    design: str = "count"
+    views: int = 2
+    inner_steps: int = 1  # updates on one rollout
+    lr: float = 3e-4
+    warmup: int = 10  # steps of linear warm-up, then a cosine to a tenth
+    max_grad_norm: float = 1.0
+    lora: str = "none"  # none (all weights), all-linear, or d1
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    eval_every: int = 20
+    eval_steps: int = 0  # denoising steps of the greedy held-out evaluation; 0 is one a token
+    eval_problems: int = 256
+    checkpoint_every: int = 10
+    snapshots: int = 4  # evenly spaced saved policies, the last one final
+    slice_size: int = 512  # masked sequences a forward; more views than this cost one more forward each, not more memory
+    device: str = "auto"  # cuda, else mps, else cpu
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.group < 2:
+            raise ValueError(f"group must be at least 2 to have an advantage, not {self.group}")
+        if self.style != "compact" and self.length < 1:
+            raise ValueError(f"style {self.style!r} needs a length, the number of completion tokens")
+        if self.lam < 0 or self.lr <= 0:
+            raise ValueError(f"lam must be >= 0 and lr > 0, not {self.lam} and {self.lr}")
+        task_named(self.task)
+
+    @property
+    def snapshot_steps(self) -> list[int]:
+        return sorted({round(self.steps * (i + 1) / self.snapshots) for i in range(self.snapshots)})

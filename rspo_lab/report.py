@@ -1,0 +1,112 @@
+"""What the study found, on one page and in one table: reads run folders, writes HTML, PNG, PDF and CSV."""
+
+import html
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from rspo_lab import plots
+from rspo_lab.diagnostics import mean_interval, wilson
+from rspo_lab.files import read_json, replacing
+from rspo_lab.style import POLICY, TARGET
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+img { max-width: 100%; height: auto } table { border-collapse: collapse; margin: 1rem 0 } figcaption { color: #555 }
+td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd } td:first-child, th:first-child { text-align: left }
+figure { margin: 2rem 0 } @media print { figure { break-inside: avoid } }
+"""
+CAPTIONS = {
+    "training": "Training. Left to right: reward and held-out solve rate; mean of d on policy; target, gap and estimate; mask noise; "
+    "how much λ corrects; gradient norm. Pale: every step; line: running mean of 9.",
+    "pairs": "Estimate against advantage, a point a sequence; the dashed line is the target.",
+    "variance": "Variance of score, d and RSPO gradient by mask design and cost; whiskers 95 % Monte-Carlo; dashed: 1/K from count.",
+    "bias": "Bias against the exact ELBO, 95 % Monte-Carlo whiskers.",
+    "gap": "Target against estimate at each saved policy with its regression line; box: 25-75 %, whiskers 5-95 % of the gap.",
+    "exact": "Estimate against exact ELBO ratio (mask noise), and exact ELBO ratio against exact log-ratio (bias of the ELBO).",
+    "summary": "ELBO gap, mean log-ratio on policy, and correlations through training.",
+}
+
+
+def study_page(root: Path, trained: dict[str, Path], variance: Path, gap: Path) -> Path:
+    """index.html over two training runs and what was measured on the first, with the figure of the pair."""
+    histories = {label: history(path) for label, path in trained.items()}
+    curves = pd.concat([pd.DataFrame(h).assign(run=label) for label, h in histories.items()])
+    problems = read_json(next(iter(trained.values())) / "config.json")["eval_problems"]
+    figure = plots.learning_figure(histories, dict(zip(histories, (POLICY, TARGET))), problems)
+    folder = root / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "learning.png", dpi=300)
+    figure.savefig(folder / "learning.pdf", metadata={"CreationDate": None})
+    curves.to_csv(folder / "learning.csv", index=False)
+    rows = pd.DataFrame([solve_rates(label, trained[label], records) for label, records in histories.items()])
+    parts = [
+        "<h1>RSPO on the tiny model</h1>",
+        "<p>Everything here was computed by this checkout; each section names its run folder, which holds the executed notebook.</p>",
+        _figure(root, folder / "learning.png", "Held-out solve rate (95 % Wilson intervals over problems, one seed) and mean of d."),
+        rows.to_html(index=False, border=0),
+    ]
+    for title, path in [*((f"Training: {label}", path) for label, path in trained.items()), ("Variance", variance), ("Gap", gap)]:
+        parts += [f"<h2>{html.escape(title)}</h2>", _provenance(root, path)]
+        parts += [_figure(root, png, CAPTIONS[png.stem]) for png in sorted((path / "figures").glob("*.png"))]
+    page = root / "index.html"
+    with replacing(page) as new:
+        head = f"<!doctype html><html lang=en><meta charset=utf-8><title>rspo-lab study</title><style>{STYLE}</style>"
+        new.write_text(head + "\n".join(parts) + "</html>\n", encoding="utf-8")
+    return page
+
+
+def history(path: Path) -> list[dict]:
+    """The records of a training run's metrics.jsonl."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def solve_rates(label: str, path: Path, records: list[dict]) -> dict:
+    """Base and final greedy held-out solve rate in %, with Wilson intervals, and the CPU-free cost of getting there."""
+    n = read_json(path / "config.json")["eval_problems"]
+    evaluated = [r["eval_solve_rate"] for r in records if "eval_solve_rate" in r]
+    seconds = sum(t["rollout_s"] + t["update_s"] for t in map(json.loads, (path / "timing.jsonl").read_text().splitlines()))
+    row = {"run": label}
+    for name, rate in (("before", evaluated[0]), ("after", evaluated[-1])):
+        low, high = wilson(round(rate * n), n)
+        row[f"{name}, %"] = f"{100 * rate:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return row | {"lowest, %": f"{100 * min(evaluated):.1f}", "problems": n, "steps": records[-1]["step"], "training s": f"{seconds:.0f}"}
+
+
+def grid_table(runs: list[Path]) -> pd.DataFrame:
+    """A row a (task, lam, lr): solve rates of its seeds and 95 % Student intervals of the final one and of the gain, in points."""
+    rows = []
+    for path in runs:
+        config, records = read_json(path / "config.json"), history(path)
+        evaluated = [100 * r["eval_solve_rate"] for r in records if "eval_solve_rate" in r]
+        timing = [json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()]
+        minutes = sum(t["rollout_s"] + t["update_s"] for t in timing) / 60
+        rows.append(
+            {k: config[k] for k in ("task", "lam", "lr", "seed")} | {"before": evaluated[0], "after": evaluated[-1], "min": minutes}
+        )
+    table = []
+    for (task, lam, lr), part in pd.DataFrame(rows).groupby(["task", "lam", "lr"], sort=False):
+        after, gain = mean_interval(list(part["after"])), mean_interval(list(part["after"] - part["before"]))
+        table.append(
+            {
+                "task": task, "lam": lam, "lr": lr, "seeds": len(part), "before": round(part["before"].mean(), 1),
+                "each seed": " ".join(f"{v:.1f}" for v in part["after"]), "after": round(after[0], 1),
+                "after_low": round(after[1], 1), "after_high": round(after[2], 1), "gain": round(gain[0], 1),
+                "gain_low": round(gain[1], 1), "gain_high": round(gain[2], 1), "minutes_a_seed": round(part["min"].mean(), 1),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(table)
+
+
+def _figure(root: Path, image: Path, caption: str) -> str:
+    place = image.relative_to(root).as_posix()
+    return f'<figure><img src="{place}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def _provenance(root: Path, path: Path) -> str:
+    made, place = read_json(path / "provenance.json"), path.relative_to(root).as_posix()
+    versions = ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items())
+    return (
+        f'<p><a href="{place}/executed.ipynb">{place}/executed.ipynb</a> · commit {str(made.get("git"))[:10]} · {html.escape(versions)}</p>'
+    )

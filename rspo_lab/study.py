@@ -1,0 +1,100 @@
+"""The main job on the tiny models, and the grid of seeds behind the claims: notebook runs side by side, then one page.
+
+A run is a subprocess of the command line with one thread, so two cores do two at a time and results do not depend on how
+many run; finished runs are skipped.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rspo_lab.files import read_json, replacing
+from rspo_lab.parameters import complete, declared
+from rspo_lab.runs import run_path
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+SUDOKU = {"model": "base-sudoku", "task": "sudoku"}
+COUNTDOWN = {"model": "base-countdown", "task": "countdown"}
+RATE = 3e-4  # the learning rate of the pair that `study` trains
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook run: its folder's name, the notebook and the parameters that differ from its defaults."""
+
+    name: str
+    notebook: str
+    given: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, root: Path) -> Path:
+        source = NOTEBOOKS / self.notebook
+        return run_path(source, complete(declared(source), self.given), root, self.name)
+
+
+RSPO = Job("rspo", "02_train.ipynb", SUDOKU | {"lr": RATE})
+RAW = Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lr": RATE, "lam": 0.0})
+SEEDS = (0, 1, 2)
+GRID = [
+    Job(name, "02_train.ipynb", SUDOKU | {"lam": lam, "lr": lr, "seed": seed})
+    for seed in SEEDS
+    for name, lam, rates in (("rspo", 0.1, (1e-4, 3e-4, 1e-3)), ("raw_advantage", 0.0, (3e-5, 1e-4, 3e-4)))
+    for lr in rates
+] + [Job("countdown", "02_train.ipynb", COUNTDOWN | {"seed": seed}) for seed in SEEDS]
+
+
+def study(runs: Path) -> int:
+    """Train with RSPO and with the raw advantage, measure variance and gap on the former; runs/study/index.html."""
+    root, began = (runs / "study").resolve(), time.monotonic()
+    measured = {"trained": str(RSPO.path(root))}
+    variance = Job("variance", "03_estimator_variance.ipynb", measured)
+    gap = Job("gap", "04_logratio_gap.ipynb", measured)
+    for jobs in ([RSPO, RAW], [variance, gap]):
+        if code := run_jobs(jobs, root, at_once=2):
+            return code
+    from rspo_lab.report import study_page
+
+    page = study_page(root, {"RSPO": RSPO.path(root), "raw advantage (λ = 0)": RAW.path(root)}, variance.path(root), gap.path(root))
+    print(f"all done in {time.monotonic() - began:.0f} s: {page}")
+    return 0
+
+
+def grid(runs: Path) -> int:
+    """Every seed and learning rate behind the README's claims (about an hour on 2 cores), and their table in runs/study/."""
+    root = (runs / "study").resolve()
+    if code := run_jobs(GRID, root, at_once=os.cpu_count() or 1):
+        return code
+    from rspo_lab.report import grid_table
+
+    table = grid_table([job.path(root) for job in GRID])
+    with replacing(root / "grid.csv") as path:
+        table.to_csv(path, index=False)
+    print(table.to_string(index=False))
+    return 0
+
+
+def run_jobs(jobs: list[Job], root: Path, *, at_once: int) -> int:
+    """Run what is not done yet, `at_once` side by side; the first code that is not 0, once all have ended."""
+    with ThreadPoolExecutor(at_once) as pool:
+        codes = list(pool.map(lambda job: _run(job, root), jobs))
+    return next((code for code in codes if code), 0)
+
+
+def _run(job: Job, root: Path) -> int:
+    path = job.path(root)
+    label = f"{job.name}/{path.name}"
+    if read_json(path / "status.json").get("state") == "done":
+        print(f"{label}: already done, skipped ({path})", flush=True)
+        return 0
+    words = [w for name, value in job.given.items() for w in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "rspo_lab.cli", "run", str(NOTEBOOKS / job.notebook), "--runs", str(root), "--name", job.name]
+    process = subprocess.Popen(
+        command + words, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    for line in process.stdout:
+        print(f"{label}: {line.rstrip()}", flush=True)
+    return process.wait()
