@@ -5,6 +5,7 @@ Shapes: B sequences, P prompt tokens (left-padded), L completion tokens.
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -28,6 +29,17 @@ class Batch:
     def rows(self, index) -> "Batch":
         """The rows `index` (ids, a slice, or a bool mask) as a batch of its own."""
         return Batch(self.prompt[index], self.prompt_valid[index], self.completion[index], self.valid[index])
+
+    def distinct(self) -> tuple["Batch", Int[Tensor, " B"]]:
+        """(the rows that differ, which of them each row is): what depends on a row alone need be computed once for each."""
+        _, which = self.key().unique(dim=0, return_inverse=True)
+        first = torch.full((int(which.max()) + 1,), len(self), device=which.device)
+        first = first.scatter_reduce(0, which, torch.arange(len(self), device=which.device), "amin")
+        return self.rows(first), which
+
+    def key(self) -> Int[Tensor, "B S"]:
+        """One row of numbers a sequence, equal where sequences are equal."""
+        return torch.cat([self.prompt, self.prompt_valid, self.completion, self.valid], 1)
 
     def to(self, device) -> "Batch":
         return Batch(*(t.to(device) for t in (self.prompt, self.prompt_valid, self.completion, self.valid)))

@@ -49,12 +49,9 @@ def count_moments(denoiser: Callable, batch: Batch, *, slice_size: int = 256) ->
 
 def subset_tables(denoiser: Callable, batch: Batch, *, slice_size: int = 256) -> list[Float[Tensor, "S u"]]:
     """`subset_table` of every row; rows that are equal in every way, as greedy samples often are, share one."""
-    fields = (batch.prompt, batch.prompt_valid, batch.completion, batch.valid)
-    keys, tables = [str([field[row].tolist() for field in fields]) for row in range(len(batch))], {}
-    for row, key in enumerate(keys):
-        if key not in tables:
-            tables[key] = subset_table(denoiser, batch, row, slice_size=slice_size)
-    return [tables[key] for key in keys]
+    distinct, which = batch.distinct()
+    tables = [subset_table(denoiser, distinct, row, slice_size=slice_size) for row in range(len(distinct))]
+    return [tables[i] for i in which.tolist()]
 
 
 def subset_table(denoiser: Callable, batch: Batch, row: int, *, slice_size: int = 256) -> Float[Tensor, "S u"]:

@@ -42,7 +42,8 @@ def generate(
     probability: of m masked positions at first, m // n a step, one more in the first m % n steps.  Ties go to the left.
 
     Below 1, `threshold` also keeps every token more probable than it (Fast-dLLM, arXiv:2505.22618).  That is no longer the
-    published sampler; what it changes is measured in notebook 01.  A row whose block is full costs no further forward.
+    published sampler; what it changes is measured in notebook 01.  Rows that
+    stand equal share a forward, and a row whose block is full costs none.
 
     The draw is by inverse CDF with one uniform number a position: the law of the published Gumbel arg max at 1/V of its
     random numbers, and the same numbers on every device.  Logits of -inf are never drawn.
@@ -62,7 +63,8 @@ def generate(
             if not len(open_rows):
                 break
             most = (to_write // per_block + (n < to_write % per_block))[open_rows]
-            block_logits = logits(ids[open_rows], prompt_valid[open_rows], start, start + block).float()
+            states, which = torch.cat([ids[open_rows], prompt_valid[open_rows]], 1).unique(dim=0, return_inverse=True)
+            block_logits = logits(states[:, : width + length], states[:, width + length :].bool(), start, start + block)[which].float()
             token = _draw(block_logits, uniform[open_rows], temperature)
             prob = block_logits.softmax(-1).gather(-1, token[..., None])[..., 0]
             left = masked[open_rows]

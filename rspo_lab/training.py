@@ -178,16 +178,18 @@ def _update(config, policy, reference, optimizer, parameters, rollouts, step, in
     batch = rollouts.batch
     if len(batch) == 0:
         return {"loss": 0.0, "gradient_norm": 0.0, "lr": 0.0, "forward_passes": 0.0}, torch.zeros(0)
-    masks = DESIGNS[config.design](batch.valid.cpu(), config.views, generator=generator(config.seed, step, inner, "masks"))
     unit = 1 / batch.valid.sum(1) if config.score_unit == "token" else torch.ones(len(batch), device=batch.completion.device)
+    distinct, which = batch.distinct()  # equal completions are scored once, on masks that they share
+    masks = DESIGNS[config.design](distinct.valid.cpu(), config.views, generator=generator(config.seed, step, inner, "masks"))
     with torch.no_grad():
-        baseline = elbo_draws(reference, batch, masks, slice_size=config.slice_size) * unit
+        baseline = elbo_draws(reference, distinct, masks, slice_size=config.slice_size)[:, which] * unit
     weight = rollouts.advantage.to(baseline)
     for group in optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, step / config.warmup if config.warmup else 1.0) * _cosine(step / config.steps)
     optimizer.zero_grad()
+    recipe = RECIPES[config.objective]
     loss, score = accumulate_gradient(
-        policy, batch, masks, lambda draws: RECIPES[config.objective](config, draws * unit, baseline, weight), config.slice_size
+        policy, distinct, masks, lambda draws: recipe(config, draws[:, which] * unit, baseline, weight), config.slice_size
     )
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
     if not (math.isfinite(loss.value.item()) and math.isfinite(norm)):
@@ -195,12 +197,12 @@ def _update(config, policy, reference, optimizer, parameters, rollouts, step, in
             f"step {step}: loss {loss.value.item()}, gradient norm {norm}; checkpoint.pt holds the last good step: lower lr or raise lam"
         )
     optimizer.step()
-    d = score * unit - baseline
+    d = score[:, which] * unit - baseline
     record = {
         "loss": loss.value.item(),
         "gradient_norm": norm,
         "lr": optimizer.param_groups[0]["lr"],
-        "forward_passes": masks.forward_passes,
+        "forward_passes": masks.forward_passes * len(distinct) / len(batch),
     }
     return record | loss.log | gap_summary(d, weight, config.lam), d.mean(0)
 

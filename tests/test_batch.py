@@ -1,0 +1,21 @@
+"""Equal rows are found whatever their order, and each row finds its representative."""
+
+import torch
+from conftest import completions
+
+from rspo_lab.batch import Batch
+
+
+def test_distinct_rows_stand_for_all():
+    batch = completions([[0, 1], [2, 2], [0, 1], [0, 1], [2, 2]], [[True, True], [True, True], [True, True], [True, False], [True, True]])
+    distinct, which = batch.distinct()
+    assert len(distinct) == 3 and which[0] == which[2] != which[3] and which[1] == which[4]
+    back = distinct.rows(which)
+    for name in Batch.__dataclass_fields__:
+        assert torch.equal(getattr(back, name), getattr(batch, name))
+
+
+def test_rows_of_other_prompts_differ():
+    batch = completions([[0, 1], [0, 1]])
+    other = Batch(torch.tensor([[0], [1]]), batch.prompt_valid, batch.completion, batch.valid)
+    assert len(other.distinct()[0]) == 2

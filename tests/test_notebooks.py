@@ -1,0 +1,118 @@
+"""The notebooks: clean in git, parameters all used, and each of them runs to its end through the wrapper and agrees with itself."""
+
+import ast
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from rspo_lab.config import TrainConfig
+from rspo_lab.files import read_json
+from rspo_lab.notebook import run_notebook
+from rspo_lab.parameters import declared
+from rspo_lab.tasks import TASKS
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+TRAIN = {"steps": 2, "prompts": 2, "group": 4, "eval_every": 1, "eval_problems": 8, "snapshots": 2, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trained(runs):
+    """A short training run that notebooks 03 and 04 measure."""
+    return run(runs, "02_train.ipynb", TRAIN)
+
+
+def run(runs, name, given):
+    outcome = run_notebook(FOLDER / name, given, runs=runs, report=lambda line: None)
+    assert (outcome.code, outcome.state) == (0, "done"), outcome.message
+    return outcome.path
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_clean_small_and_every_parameter_used(name):
+    book = nbformat.read(FOLDER / name, 4)
+    nbformat.validate(book)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert set(book.metadata) == {"kernelspec", "language_info"} and code[0].metadata.tags == ["parameters"]
+    assert len(code) <= 9 and all(len(cell.source.splitlines()) <= 12 for cell in code[1:])
+    rest = "\n".join(cell.source for cell in code[1:])
+    tree = compile(rest, name, "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names = set(declared(FOLDER / name))
+    if "run.params" in rest:
+        assert names <= {field.name for field in dataclasses.fields(TrainConfig)}
+    else:
+        assert names <= used
+    assert all(parameter.comment for parameter in declared(FOLDER / name).values())
+
+
+def test_base_model(runs):
+    small = {"task": "countdown", "steps": 4, "eval_every": 2, "problems": 8, "layers": 1, "width": 32, "batch_size": 8}
+    path = run(runs, "01_base_model.ipynb", small)
+    table = pd.read_parquet(path / "results.parquet")
+    assert {"solve_rate", "low", "high", "forwards", "n"} <= set(table.columns) and (table["low"] <= table["high"]).all()
+    assert (path / "model/model.safetensors").stat().st_size > 0
+    assert {p.stem for p in (path / "figures").iterdir()} == {"pretraining", "decoding"}
+    assert {p.suffix for p in (path / "figures").iterdir()} == {".png", ".pdf", ".csv"}
+
+
+def test_train(trained):
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [0, 1, 2]
+    assert {p.stem for p in (trained / "figures").iterdir()} == {"training", "pairs"}
+    assert pd.read_parquet(trained / "results.parquet")["step"].tolist() == [0, 1, 2]
+
+
+def test_variance(runs, trained):
+    small = {"views": [2, 4], "prompts": 2, "group": 2, "redraws": 400, "gradient_views": [2], "gradient_redraws": 3}
+    path = run(runs, "03_estimator_variance.ipynb", small | {"trained": str(trained)})
+    frame = pd.read_parquet(path / "results.parquet")
+    assert list(frame.columns) == ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
+    value = frame.set_index(["design", "views", "quantity"])["value"]
+    assert value["count", 2, "var_d_shared"] < value["count", 2, "var_d_independent"]
+    error = frame.set_index(["design", "views", "quantity"])["stderr"]
+    for design in ("count", "systematic", "coupled"):
+        assert abs(value[design, 4, "bias_score"]) < 5 * error[design, 4, "bias_score"]
+
+
+def test_gap(runs, trained):
+    path = run(runs, "04_logratio_gap.ipynb", {"trained": str(trained), "prompts": 2, "group": 4, "views": 2})
+    frame = pd.read_parquet(path / "results.parquet")
+    assert sorted(frame["step"].unique()) == [0, 1, 2] and len(frame) == 24
+    assert (frame["gap"] - (frame["target"] - frame["d_hat"])).abs().max() < 1e-9
+    assert (frame["log_ratio"] - frame["d_exact"] - frame["elbo_gap"] + frame["elbo_gap_reference"]).abs().max() < 1e-9
+
+
+def test_bare_papermill_gives_the_same_run(trained, tmp_path):
+    """Same parameters, same key, same records, bit for bit; and a parameter that is not declared is refused."""
+    command = [sys.executable, "-m", "papermill", str(FOLDER / "02_train.ipynb"), str(tmp_path / "out.ipynb"), "--no-progress-bar"]
+    words = [w for name, value in TRAIN.items() for w in ("-p", name, str(value))]
+    place = {"RSPO_LAB_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command + words, env=os.environ | place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    mine = tmp_path / "runs/02_train" / trained.name
+    assert read_json(mine / "status.json")["state"] == "done"
+    assert read_json(mine / "params.json") == read_json(trained / "params.json")
+    close = [json.loads((path / "metrics.jsonl").read_text().splitlines()[-1]) for path in (mine, trained)]
+    assert close[0]["loss"] == pytest.approx(close[1]["loss"], rel=1e-3, abs=1e-6) and close[0]["reward"] == close[1]["reward"]
+    refused = subprocess.run(command + ["-p", "stepps", "3"], env=os.environ | place, capture_output=True, text=True)
+    assert refused.returncode != 0 and "did you mean" in refused.stderr and "steps" in refused.stderr
+
+
+def test_tasks_named_in_notebooks_exist():
+    for name in NOTEBOOKS:
+        assert declared(FOLDER / name)["task"].default in TASKS
