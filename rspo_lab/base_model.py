@@ -86,7 +86,7 @@ def decoding_table(model: DiffusionLM, task: ModuleType, *, problems: int, seed:
             how = {"style": "compact", "length": 0, "block": 0, "steps": steps, "temperature": temperature, "threshold": threshold}
             _, rollout = complete(model, task, examples, generator=generator(seed, "evaluate", 0), **how)
             rate = solve_rate(model, task, examples, seed=seed, steps=steps, temperature=temperature, threshold=threshold)
-            forwards = (rollout.step.max(1).values + 1).double().mean().item()
+            forwards = rollout.forwards.double().mean().item()
             low, high = wilson(round(rate * problems), problems)
             rows.append((temperature, steps, threshold, forwards, rate, low, high, problems))
     return pd.DataFrame(rows, columns=["temperature", "steps", "threshold", "forwards", "solve_rate", "low", "high", "n"])

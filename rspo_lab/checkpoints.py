@@ -30,7 +30,7 @@ def resume(config, folder: Path, parameters, optimizer) -> int:
     state = torch.load(path, weights_only=True, map_location=parameters[0].device)
     differ = [k for k, v in asdict(config).items() if state["config"].get(k) != v]
     if differ:
-        raise ValueError(f"{path} was made with another {', '.join(differ)}: use another run folder, or delete this one")
+        raise ValueError(f"{path} was made with another {', '.join(differ)}: use another run folder")
     with torch.no_grad():
         for parameter, saved in zip(parameters, state["parameters"], strict=True):
             parameter.copy_(saved)

@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     study = commands.add_parser("study", help="the main results on the tiny model: train, variance, gap; figures in DIR")
     study.set_defaults(command=_study)
     study.add_argument("--runs", type=Path, metavar="DIR", default=Path("runs"))
+    study.add_argument("--grid", action="store_true", help="instead train every seed and rate behind the README's claims")
     return parser
 
 
@@ -196,10 +197,10 @@ def _cell(value: Any) -> str:
 
 
 def _study(args: argparse.Namespace) -> int:
-    from rspo_lab.study import study
+    from rspo_lab.study import grid, study
 
     try:
-        return study(args.runs)
+        return (grid if args.grid else study)(args.runs)
     except (OSError, RuntimeError) as error:
         return _complain(f"{type(error).__name__}: {error}", 1)
 

@@ -54,7 +54,7 @@ class TrainConfig:
     checkpoint_every: int = 10
     snapshots: int = 4  # evenly spaced saved policies, the last one final
     slice_size: int = 512  # masked sequences a forward; more views than this cost one more forward each, not more memory
-    device: str = "auto"  # cuda, else mps, else cpu
+    device: str = "auto"  # cuda, else cpu
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -68,6 +68,8 @@ class TrainConfig:
             raise ValueError(f"group must be at least 2 to have an advantage, not {self.group}")
         if self.style != "compact" and self.length < 1:
             raise ValueError(f"style {self.style!r} needs a length, the number of completion tokens")
+        if self.dtype != "float32" and self.lora == "none":
+            raise ValueError(f"{self.dtype} weights would round small updates away: train LoRA adapters (lora) or use float32")
         if self.lam < 0 or self.lr <= 0:
             raise ValueError(f"lam must be >= 0 and lr > 0, not {self.lam} and {self.lr}")
         task_named(self.task)

@@ -12,8 +12,9 @@ from torch import Tensor
 def gap_summary(d: Float[Tensor, "R B"], advantage: Float[Tensor, " B"], lam: float) -> dict[str, float | None]:
     """One training step's estimate against its target; None where a quantity is not defined (lam = 0, R = 1, no spread).
 
-    d_mean: mean estimate of log pi/pi_ref.  On-policy its true counterpart, the KL to the reference, is >= 0, so a
-        negative one beyond the noise says that the ELBO's gap to the likelihood has grown.
+    d_mean: mean estimate of log pi/pi_ref.  For completions drawn in random order its exact counterpart would be a KL
+        divergence, hence >= 0; confidence-ordered rollouts give no such bound, but a mean that falls steadily below 0
+        says that the ELBO's gap to the likelihood grows (notebook 04 measures it).
     target_rms, gap_*: A/lam, and A/lam - d_hat with d_hat the estimate centred over the batch.
     target_correlation: of A/lam with d_hat.   calibration_ratio: lam sd(d_hat) / sd(A); far below 1, lam does nothing.
     mask_sd: standard deviation of one replicate of d around its sequence's mean.
@@ -76,10 +77,10 @@ def variance_se(samples: Float[Tensor, "n ..."]) -> tuple[Tensor, Tensor]:
 
 
 def _student(df: int) -> float:
-    """97.5 % quantile of Student's t (tabulated; the normal one from 30 on)."""
+    """97.5 % quantile of Student's t (tabulated; from 30 on that of 29, which is slightly wide)."""
     table = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
              2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045]  # fmt: skip
-    return table[df - 1] if df <= len(table) else 1.96
+    return table[min(df, len(table)) - 1]
 
 
 def _rms(x: Tensor) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from rspo_lab import objectives
 from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
-from rspo_lab.diagnostics import correlation, variance_se
+from rspo_lab.diagnostics import variance_se
 from rspo_lab.estimators import log_ratio_draws
 from rspo_lab.keys import generator
 from rspo_lab.masks import DESIGNS, Masks
@@ -76,26 +76,28 @@ def gradient_rows(
 ) -> pd.DataFrame:  # fmt: skip
     """Trace of the covariance of the RSPO gradient over mask redraws at these rollouts: rows of quantity var_gradient.
 
-    The squared norm of the mean gradient, mean_gradient_sq, stands beside it (bias of the squared norm removed).
+    The squared norm of the mean gradient, mean_gradient_sq, stands beside it, from products of different redraws.  As in
+    training, equal completions share their masks and are scored once; cost counts that.
     """
+    distinct, which = batch.distinct()
     parameters = [p for p in policy.parameters() if p.requires_grad]
     rows, done, total = [], 0, len(designs) * len(views) * redraws
     for design in designs:
         for k in views:
             gradients, cost = [], 0.0
             for redraw in range(redraws):
-                masks = DESIGNS[design](batch.valid.cpu(), k, generator=generator(seed, design, k, redraw, "gradient"))
-                d = log_ratio_draws(policy, reference, batch, masks)
+                masks = DESIGNS[design](distinct.valid.cpu(), k, generator=generator(seed, design, k, redraw, "gradient"))
+                d = log_ratio_draws(policy, reference, distinct, masks)[:, which]
                 loss = objectives.rspo(d, advantage.to(d), lam=lam).value
                 gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).double())
-                cost += masks.forward_passes / redraws
+                cost += masks.forward_passes * len(distinct) / len(batch) / redraws
                 done += 1
                 on_redraw(done, total)
             stacked = torch.stack(gradients)
             away = (stacked - stacked.mean(0)).square().sum(1) * redraws / (redraws - 1)
             rows.append((design, k, cost, "var_gradient", away.mean(), away.std() / redraws**0.5))
-            signal = stacked.mean(0).square().sum() - away.mean() / redraws
-            rows.append((design, k, cost, "mean_gradient_sq", signal, 2 * (signal.clamp(min=0) * away.mean() / redraws).sqrt()))
+            pairs = (stacked * (stacked.sum(0) - stacked)).sum(1) / (redraws - 1)
+            rows.append((design, k, cost, "mean_gradient_sq", pairs.mean(), 2 * pairs.std() / redraws**0.5))
     return _tidy(rows)
 
 
@@ -116,8 +118,13 @@ def tidy(scores: pd.DataFrame, gradients: pd.DataFrame, *, task: str, policy: st
 
 
 def factors(results: pd.DataFrame) -> pd.DataFrame:
-    """How many times lower than `count`'s each variance is at equal cost: (variance x cost) of count over that of the design."""
-    part = results[results["quantity"].str.startswith("var_")].assign(work=lambda f: f["value"] * f["cost"])
+    """How many times lower than `count`'s each variance is at equal cost: (variance x cost) of count over that of the design.
+
+    Not for t_redraw: its variance is infinite, so what is measured of it is no estimate of anything.
+    """
+    part = results[results["quantity"].str.startswith("var_") & (results["design"] != "t_redraw")].assign(
+        work=lambda f: f["value"] * f["cost"]
+    )
     table = part.pivot_table(index=["quantity", "views"], columns="design", values="work", sort=False)
     return table.rdiv(table["count"], axis=0).round(2)
 
@@ -129,7 +136,9 @@ def gap_samples(policy: Callable, reference: Callable, batch: Batch, *, design: 
     d: the estimate on `views` masks; d_exact: ELBO_policy - ELBO_reference; log_ratio: log pi/pi_ref; elbo_gap,
     elbo_gap_reference: log p - ELBO of either model.
     """
-    d = log_ratio_draws(policy, reference, batch, DESIGNS[design](batch.valid.cpu(), views, generator=generator(seed, "gap"))).mean(0)
+    distinct, which = batch.distinct()  # scored once, as in training
+    masks = DESIGNS[design](distinct.valid.cpu(), views, generator=generator(seed, "gap"))
+    d = log_ratio_draws(policy, reference, distinct, masks).mean(0)[which]
     (elbo, logp), (base_elbo, base_logp) = exact_scores(policy, batch), exact_scores(reference, batch)
     columns = {
         "d": d, "d_exact": elbo - base_elbo, "log_ratio": logp - base_logp, "elbo_gap": logp - elbo,
@@ -156,7 +165,8 @@ def through_training(
         frame["d_hat"] = frame["d"] - frame["d"].mean()
         advantage = rollouts.advantage.numpy()
         frame = frame.assign(
-            step=step, reward=rollouts.reward.numpy(), advantage=advantage, target=advantage / lam,
+            step=step, problem=[e.id for e in rollouts.examples], reward=rollouts.reward.numpy(), advantage=advantage,
+            target=advantage / lam,
             gap=advantage / lam - frame["d_hat"], weight=advantage - lam * frame["d_hat"],
         )  # fmt: skip
         frames.append(frame)
@@ -164,39 +174,47 @@ def through_training(
     return pd.concat(frames, ignore_index=True)
 
 
-def gap_table(samples: pd.DataFrame, lam: float) -> pd.DataFrame:
+def gap_table(samples: pd.DataFrame, lam: float, *, seed: int, resamples: int = 400) -> pd.DataFrame:
     """A row a saved policy: solve rate, rms of target and gap, sign flips, reliability and bias of d, and the ELBO gaps.
 
     slope, r_estimate: exact ELBO ratio regressed on, and correlated with, the estimate (mask noise lowers both).
     r_log_ratio: correlation of the exact ELBO ratio with the exact log-ratio (what no mask design can mend).
-    flips, flips_exact: share of sequences with A and A - lam d_hat of opposite signs, by the estimate and by exact d.
+    flips, flips_exact: share of sequences with A != 0 for which A - lam d_hat has the other sign, by estimated and exact d.
+    Columns *_low, *_high: 95 % percentile bootstrap over problems.
     """
     rows = []
     for step, part in samples.groupby("step"):
-        exact = part["d_exact"] - part["d_exact"].mean()
-        told = part[part["advantage"] != 0]
-        moved = part["d"].std() > 0
-        column = {name: torch.tensor(part[name].to_numpy()) for name in ("d", "d_exact", "log_ratio")}
-        rows.append(
-            {
-                "step": step,
-                "n": len(part),
-                "solved": (part["reward"] == 1).mean(),
-                "target_rms": (part["target"] ** 2).mean() ** 0.5,
-                "gap_rms": (part["gap"] ** 2).mean() ** 0.5,
-                "flips": (told["weight"] * told["advantage"] < 0).mean(),
-                "flips_exact": ((told["advantage"] - lam * exact[told.index]) * told["advantage"] < 0).mean(),
-                "slope": np.polyfit(part["d"], part["d_exact"], 1)[0] if moved else None,
-                "r_estimate": correlation(column["d"], column["d_exact"]),
-                "r_log_ratio": correlation(column["d_exact"], column["log_ratio"]),
-                "mean_d_exact": part["d_exact"].mean(),
-                "mean_log_ratio": part["log_ratio"].mean(),
-                "elbo_gap": part["elbo_gap"].mean(),
-                "elbo_gap_solved": part.loc[part["reward"] == 1, "elbo_gap"].mean(),
-                "elbo_gap_not_solved": part.loc[part["reward"] != 1, "elbo_gap"].mean(),
-            }
-        )
+        rng, problems = np.random.default_rng([seed, int(step)]), [rows for _, rows in part.groupby("problem")]
+        draws = [_gap_row(pd.concat([problems[i] for i in rng.integers(len(problems), size=len(problems))]), lam) for _ in range(resamples)]
+        row = {"step": step, "n": len(part), "distinct": part[["d_exact", "log_ratio"]].drop_duplicates().shape[0]} | _gap_row(part, lam)
+        for name in ("r_estimate", "r_log_ratio", "mean_d_exact", "mean_log_ratio", "elbo_gap"):
+            values = [draw[name] for draw in draws if not np.isnan(draw[name])] or [np.nan]
+            row[f"{name}_low"], row[f"{name}_high"] = np.percentile(values, [2.5, 97.5])
+        rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _gap_row(part: pd.DataFrame, lam: float) -> dict[str, float]:
+    """The point estimates of `gap_table` for one policy's sequences."""
+    told = part["advantage"].to_numpy() != 0
+    advantage = part["advantage"].to_numpy()[told]
+    exact = (part["d_exact"] - part["d_exact"].mean()).to_numpy()[told]
+    moved = part["d"].std() > 0 and part["d_exact"].std() > 0
+    return {
+        "solved": (part["reward"] == 1).mean(),
+        "target_rms": (part["target"] ** 2).mean() ** 0.5,
+        "gap_rms": (part["gap"] ** 2).mean() ** 0.5,
+        "flips": (part["weight"].to_numpy()[told] * advantage < 0).mean() if told.any() else np.nan,
+        "flips_exact": ((advantage - lam * exact) * advantage < 0).mean() if told.any() else np.nan,
+        "slope": np.polyfit(part["d"], part["d_exact"], 1)[0] if moved else np.nan,
+        "r_estimate": part["d"].corr(part["d_exact"]) if moved else np.nan,
+        "r_log_ratio": part["d_exact"].corr(part["log_ratio"]) if moved else np.nan,
+        "mean_d_exact": part["d_exact"].mean(),
+        "mean_log_ratio": part["log_ratio"].mean(),
+        "elbo_gap": part["elbo_gap"].mean(),
+        "elbo_gap_solved": part.loc[part["reward"] == 1, "elbo_gap"].mean(),
+        "elbo_gap_not_solved": part.loc[part["reward"] != 1, "elbo_gap"].mean(),
+    }
 
 
 def _tidy(rows: list[tuple]) -> pd.DataFrame:

@@ -4,6 +4,7 @@ Shapes: B sequences, P prompt tokens (left-padded), L completion tokens, V vocab
 """
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -71,7 +72,9 @@ class DiffusionLM(nn.Module):
         return self._base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     def _head(self, states):
-        return self._base.lm_head(states).float().masked_fill(self.banned, -torch.inf)
+        logits = self._base.lm_head(states)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits.masked_fill(self.banned, -torch.inf)
 
     @property
     def _base(self):
@@ -107,13 +110,23 @@ class DiffusionLM(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
 
-def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionLM:
+def load(name: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.float32) -> DiffusionLM:
     """A checkpoint from a local folder, one of the project's own (`base-sudoku`), or a hub name; strict about what it finds.
+
+    A folder of LoRA adapters, as training saves them, is loaded on top of the base that it names.  device: "auto" is cuda
+    where there is one, else the CPU.
 
     Raises FileNotFoundError for a folder that is not there, ValueError for tensors that are missing, unexpected or of
     another shape, and for a causal model.
     """
     name = _find(name)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if (Path(name) / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        base = load(json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"], device=device, dtype=dtype)
+        base.hf = PeftModel.from_pretrained(base.hf, name)
+        return base
     hf, found = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, trust_remote_code=False
     )
@@ -128,7 +141,7 @@ def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
 def _find(name: str | Path) -> str | Path:
     """A folder if there is one, else what can only be a hub name: "owner/model"."""
     for folder in (Path(name), DATA / name):
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return folder
     if Path(name).is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
         raise FileNotFoundError(f"no model at {name}: give a folder with config.json, one of data/base-*, or a hub name owner/model")
@@ -136,7 +149,7 @@ def _find(name: str | Path) -> str | Path:
 
 
 def tiny(chars: str, *, seed: int, layers: int = 3, width: int = 96) -> DiffusionLM:
-    """A freshly initialised small model over a character vocabulary; 343k parameters by default."""
+    """A freshly initialised small model over a character vocabulary; about 335k parameters by default."""
     tokenizer = char_tokenizer(chars)
     config = LladaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,

@@ -33,9 +33,10 @@ def rspo(
 
     d: draws of log pi_theta(y|x) / pi_ref(y|x) on masks that both share; the estimate is their mean over R.
     scope: rows that share a centre: "batch" (all), "none" (no centring), or an id a row (prompt groups).
-    residual: "shared" multiplies the estimate with itself, so its expectation carries lam/2 grad Var[d] beside the
-        gradient of the true square; "leave_one_out" weighs each replicate by the others' estimate, which is unbiased
-        when replicates are independent and needs R >= 2.
+    residual: "shared" multiplies the estimate with itself, so its expectation carries lam/2 grad Var[estimate], Var[d]/R
+        for independent replicates, beside the gradient of the true square; "leave_one_out" weighs each replicate by the
+        others' estimate, which is unbiased when replicates are independent and needs R >= 2.
+    The log's sign_flips is the share of rows with A != 0 whose weight A - lam d_hat has the other sign.
     """
     if lam < 0:
         raise ValueError(f"lam must be >= 0, not {lam}: a negative one pushes away from the target")
@@ -49,7 +50,8 @@ def rspo(
         raise ValueError(f"residual must be 'shared' or 'leave_one_out', not {residual!r}")
     weight = (advantage - lam * (estimate - _centre(estimate, scope))).detach()
     d_hat = d - _centre(d, scope).detach()
-    flipped = (weight.mean(0) * advantage < 0).double().mean().item()
+    told = advantage != 0
+    flipped = ((weight.mean(0) * advantage < 0).sum() / told.sum().clamp(min=1)).item()
     return Loss(-(weight * d_hat).mean(), {"weight_rms": weight.mean(0).square().mean().sqrt().item(), "sign_flips": flipped})
 
 

@@ -4,6 +4,7 @@ Shapes: B sequences, u valid tokens of one row, 2^u subsets.  float64 nats.  Sha
 
 The likelihood is that of the decoder that reveals one uniformly random token a step, drawn from its conditional:
 Z({}) = 1,  Z(S) = (1/|S|) sum over i in S of q(y_i | x, y without S) Z(S without i),  p(y|x) = Z(all).
+(Where some tokens stand from the start, or follow an end-of-text, it is the likelihood of the others given them.)
 The ELBO is the same recursion with the average inside the logarithm (Jensen), so ELBO <= log p.  (arXiv:2110.02037)
 """
 
@@ -40,7 +41,7 @@ def count_moments(denoiser: Callable, batch: Batch, *, slice_size: int = 256) ->
     moments = []
     for table in subset_tables(denoiser, batch, slice_size=slice_size):
         tokens = table.shape[1]
-        size, law = _sizes_and_law(tokens)
+        size, law = (values.to(table.device) for values in _sizes_and_law(tokens))
         draw = table.sum(1)[1:] * tokens / size[1:]
         mean = (law[1:] * draw).sum()
         moments.append(torch.stack([mean, (law[1:] * (draw - mean) ** 2).sum()]))

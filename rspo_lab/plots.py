@@ -98,7 +98,7 @@ def variance_figure(results: pd.DataFrame) -> Figure:
 
 
 def bias_figure(results: pd.DataFrame) -> Figure:
-    """Bias of score and d with 95 % whiskers, in standard deviations of one estimate, against the oracle."""
+    """Bias of score and d against the oracle, nats, with 95 % whiskers."""
     with new_figure(PAGE, 2.0) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         for axis, quantity in zip(axes, ("bias_score", "bias_d")):
@@ -191,21 +191,21 @@ def decoding_figure(decoding: pd.DataFrame, title: str) -> Figure:
 
 
 def gap_summary_figure(summary: pd.DataFrame) -> Figure:
-    """Through training: ELBO gaps, mean exact log-ratios, and what of the estimate is signal."""
+    """Through training: ELBO gaps, mean exact log-ratios, and what of the estimate is signal; 95 % bootstrap over problems."""
     with new_figure(PAGE, 2.0) as figure:
-        left, middle, right = figure.subplots(1, 3)
-        _line(left, summary, "elbo_gap_solved", POLICY, "solved", marker="o")
-        _line(left, summary, "elbo_gap_not_solved", TARGET, "not solved", marker="s")
-        left.set(title="log π − ELBO, nats", xlabel="step", ylim=(0, None))
-        _line(middle, summary, "mean_d_exact", POLICY, "exact ELBO ratio", marker="o")
-        _line(middle, summary, "mean_log_ratio", TARGET, "exact log-ratio (KL)", marker="s")
-        middle.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
-        middle.set(title="Mean on policy, nats", xlabel="step")
-        _line(right, summary, "r_estimate", POLICY, "estimate with its exact value", marker="o")
-        _line(right, summary, "r_log_ratio", TARGET, "exact ELBO ratio with log-ratio", marker="s")
-        right.set(title="Correlation", xlabel="step", ylim=(None, 1.05))
-        for axis in (left, middle, right):
-            axis.legend()
+        gaps, means, correlations = figure.subplots(1, 3)
+        _line(gaps, summary, "elbo_gap_solved", POLICY, "solved", marker="o")
+        _line(gaps, summary, "elbo_gap_not_solved", TARGET, "not solved", marker="^")
+        gaps.set(title="log π − ELBO, nats", xlabel="step", ylim=(0, None))
+        _bars(means, summary, "mean_d_exact", POLICY, "o", "ELBO ratio")
+        _bars(means, summary, "mean_log_ratio", TARGET, "^", "log-ratio")
+        means.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
+        means.set(title="Mean exact value, nats", xlabel="step")
+        _bars(correlations, summary, "r_estimate", POLICY, "o", "estimate, ELBO ratio")
+        _bars(correlations, summary, "r_log_ratio", TARGET, "^", "ELBO ratio, log-ratio")
+        correlations.set(title="Correlation", xlabel="step", ylim=(None, 1.05))
+        for axis in figure.axes:
+            axis.legend().set_in_layout(False)
     return figure
 
 
@@ -236,6 +236,14 @@ def pairs_figure(pairs: pd.DataFrame, lam: float) -> Figure:
             axis.set(title=f"step {step}", xlabel="advantage A", ylabel="estimate d̂, nats")
         figure.axes[0].legend()
     return figure
+
+
+def _bars(axis, frame, column, colour, marker, label):
+    """A column over the step with its bootstrap interval."""
+    part = frame.dropna(subset=column)
+    low, high = part[f"{column}_low"].fillna(part[column]), part[f"{column}_high"].fillna(part[column])
+    whiskers = [(part[column] - low).clip(lower=0), (high - part[column]).clip(lower=0)]
+    axis.errorbar(part["step"], part[column], whiskers, color=colour, marker=marker, label=label, capsize=1.5, elinewidth=0.6)
 
 
 def _scatter(axis, part, x, y):

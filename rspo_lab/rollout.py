@@ -19,6 +19,7 @@ class Rollout:
     completion: Int[Tensor, "B L"]
     step: Int[Tensor, "B L"]  # the denoising step, counted from 0, that unmasked the token; -1 if it stood there before
     confidence: Float[Tensor, "B L"]  # probability that the model gave the token when it was unmasked; 1 if it stood there
+    forwards: Int[Tensor, " B"]  # denoising steps that the row took
 
 
 def generate(
@@ -53,6 +54,7 @@ def generate(
     ids = torch.cat([prompt, canvas], 1)
     unmasked_at = torch.full_like(canvas, -1)
     confidence = torch.ones(rows, length, device=canvas.device)
+    forwards = torch.zeros(rows, dtype=torch.long, device=canvas.device)
     for b in range(blocks):
         here, start = slice(b * block, (b + 1) * block), width + b * block
         masked = canvas[:, here] == mask_id
@@ -74,7 +76,8 @@ def generate(
             unmasked_at[open_rows, here] = unmasked_at[open_rows, here].masked_fill(keep, b * per_block + n)
             confidence[open_rows, here] = prob.where(keep, confidence[open_rows, here])
             masked[open_rows] = left & ~keep
-    return Rollout(ids[:, width:], unmasked_at, confidence)
+            forwards[open_rows] += 1
+    return Rollout(ids[:, width:], unmasked_at, confidence, forwards)
 
 
 def _schedule(length, block, steps, temperature) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 Shapes: B = prompts x group completions a step (group-major), R replicates of the score.  Nats.
 """
 
-import json
 import math
 import resource
 import signal
@@ -22,7 +21,7 @@ from rspo_lab.config import TrainConfig
 from rspo_lab.diagnostics import gap_summary
 from rspo_lab.estimators import elbo_draws, elbo_slices
 from rspo_lab.evaluation import complete, rewards, solve_rate
-from rspo_lab.files import replacing
+from rspo_lab.files import write_json
 from rspo_lab.keys import generator
 from rspo_lab.masks import DESIGNS
 from rspo_lab.model import DiffusionLM, add_lora, load, reference_of
@@ -68,16 +67,15 @@ def train(
     SIGUSR2 (once the step in hand is saved).
     """
     run.stopped = False
-    device = _device(config.device)
-    policy, reference = _policies(config, device)
-    with replacing(run.path / "config.json") as path:
-        path.write_text(json.dumps(asdict(config), indent=1))
+    policy, reference = _policies(config)
+    device = policy.device
     task = task_named(config.task)
     problems, held_out = _problems(config, task)
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     files = [run.path / "metrics.jsonl", run.path / "sequences.jsonl", run.path / "timing.jsonl"]
     done = resume(config, run.path, parameters, optimizer)
+    write_json(run.path / "config.json", asdict(config))
     for file in files:
         keep_steps(file, done)
     history = read(files[0])
@@ -91,9 +89,9 @@ def train(
             chosen = torch.randperm(len(problems), generator=generator(config.seed, step, "problems"))[: config.prompts]
             rollouts = roll_out(config, policy, [problems[i] for i in chosen], generator(config.seed, step, "rollout"))
             rolled = time.perf_counter()
-            for inner in range(config.inner_steps):
-                record, d = _update(config, policy, reference, optimizer, parameters, rollouts, step, inner)
-            record = {"step": step} | rollouts.record | record
+            updates = [_update(config, policy, reference, optimizer, parameters, rollouts, step, i) for i in range(config.inner_steps)]
+            on_policy, d = updates[0]
+            record = {"step": step} | rollouts.record | on_policy
             timing = {"step": step, "rollout_s": rolled - began, "update_s": time.perf_counter() - rolled, "peak_gib": _peak_gib(device)}
             if step % config.eval_every == 0 or step == config.steps:
                 record["eval_solve_rate"] = _evaluate(config, policy, task, held_out)
@@ -146,8 +144,8 @@ def roll_out(config: TrainConfig, policy: DiffusionLM, problems: list, generator
         "zero_variance_groups": silent.mean().item(),
         "tokens": batch.valid.sum(1).double().mean().item(),
         "ended": (batch.completion == policy.tokenizer.eos_token_id).any(1).double().mean().item(),
-        "confidence": rollout.confidence.mean().item(),
-        "decoding_steps": (rollout.step.max(1).values + 1).double().mean().item(),
+        "confidence": rollout.confidence[rollout.step >= 0].mean().item(),
+        "decoding_forwards": rollout.forwards.double().mean().item(),
     }
     if config.zero_variance == "skip":
         keep = (silent == 0).repeat_interleave(config.group).nonzero()[:, 0]
@@ -158,7 +156,7 @@ def roll_out(config: TrainConfig, policy: DiffusionLM, problems: list, generator
 
 def starting_point(config: TrainConfig) -> dict[str, float]:
     """The largest |d| over a few sequences before training: exactly 0 on shared masks, mask noise on independent ones."""
-    policy, reference = _policies(config, _device(config.device))
+    policy, reference = _policies(config)
     batch = held_still(config, policy, prompts=2, group=4, seed=config.seed).batch
     mine, theirs = (DESIGNS[config.design](batch.valid.cpu(), config.views, generator=generator(config.seed, "start", i)) for i in (0, 1))
     with torch.no_grad():
@@ -204,7 +202,7 @@ def _update(config, policy, reference, optimizer, parameters, rollouts, step, in
         "lr": optimizer.param_groups[0]["lr"],
         "forward_passes": masks.forward_passes * len(distinct) / len(batch),
     }
-    return record | loss.log | gap_summary(d, weight, config.lam), d.mean(0)
+    return record | loss.log | gap_summary(d, weight, config.lam if config.objective == "rspo" else 0.0), d.mean(0)
 
 
 def accumulate_gradient(policy: DiffusionLM, batch: Batch, masks, loss_of, slice_size: int):
@@ -229,9 +227,9 @@ def accumulate_gradient(policy: DiffusionLM, batch: Batch, masks, loss_of, slice
     return objectives.Loss(loss.value.detach(), loss.log), draws
 
 
-def _policies(config, device):
+def _policies(config):
     """(trainable policy, frozen reference); global randomness is left alone."""
-    policy = load(config.model, device=device, dtype=getattr(torch, config.dtype))
+    policy = load(config.model, device=config.device, dtype=getattr(torch, config.dtype))
     if config.lora == "none":
         return policy, reference_of(policy)
     add_lora(policy, config.lora, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
@@ -261,12 +259,6 @@ def _evaluate(config, policy, task, held_out):
 
 def _cosine(share: float) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _peak_gib(device) -> float:

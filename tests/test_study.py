@@ -26,7 +26,7 @@ class Pictures(HTMLParser):
 def finished(tmp_path_factory, base):  # noqa: F811
     """A study of two 2-step runs and one measurement, by the study's own jobs."""
     root = tmp_path_factory.mktemp("runs") / "study"
-    small = {"model": base, "task": "countdown", "steps": 2, "prompts": 2, "group": 4, "eval_every": 1, "eval_problems": 8, "device": "cpu"}
+    small = {"model": base, "task": "sudoku", "steps": 2, "prompts": 2, "group": 4, "eval_every": 1, "eval_problems": 8, "device": "cpu"}
     jobs = [study.Job("rspo", "02_train.ipynb", small), study.Job("raw_advantage", "02_train.ipynb", small | {"lam": 0.0})]
     assert study.run_jobs(jobs, root, at_once=2) == 0
     return root, jobs

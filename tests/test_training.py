@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -13,15 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from rspo_lab import config as config_module
 from rspo_lab import training
 from rspo_lab.batch import Batch
+from rspo_lab.checkpoints import trained_run
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import elbo_draws
 from rspo_lab.masks import count
-from rspo_lab.model import load, tiny
+from rspo_lab.model import load, reference_of
 from rspo_lab.objectives import rspo
-from rspo_lab.tasks import countdown
-from rspo_lab.training import RECIPES, Diverged, Preempted, accumulate_gradient, train
+from rspo_lab.tasks import sudoku
+from rspo_lab.training import RECIPES, Diverged, Preempted, accumulate_gradient, held_still, train
 
 
 class Folder:
@@ -36,20 +39,19 @@ class Folder:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny(countdown.COMPACT_CHARS, seed=0, layers=1, width=32).save(folder)
-    return str(folder)
+def base():
+    """A model that solves some problems, so that there are advantages, gradients and weights that move."""
+    return "base-sudoku"
 
 
 def config(base, **changes):
-    small = dict(model=base, task="countdown", steps=4, prompts=2, group=4, views=2, eval_every=2, eval_problems=4, warmup=0)
+    small = dict(model=base, task="sudoku", steps=4, prompts=4, group=4, views=2, eval_every=2, eval_problems=4, warmup=0, threshold=0.9)
     return TrainConfig(**small | {"checkpoint_every": 1, "snapshots": 2, "device": "cpu"} | changes)
 
 
 def scored_batch(model):
-    prompt, prompt_valid = model.encode(["01,02,03=06:"] * 6)
-    completion = torch.randint(4, 16, (6, 8), generator=torch.Generator().manual_seed(0))
+    prompt, prompt_valid = model.encode(["="] * 6)
+    completion = torch.randint(4, 9, (6, 8), generator=torch.Generator().manual_seed(0))
     return Batch(prompt, prompt_valid, completion, torch.ones_like(completion, dtype=torch.bool))
 
 
@@ -72,8 +74,8 @@ def test_slices_change_neither_loss_nor_gradient(base, residual, scope):
         rspo(elbo_draws(model, batch, masks), advantage, lam=0.3, scope=ids, residual=residual).value, list(model.parameters())
     )
     for value, draws, gradient in results:
-        assert abs(value - results[0][0]) < 1e-9 and torch.allclose(draws, results[0][1], atol=1e-5)
-        assert torch.allclose(gradient, torch.cat([g.flatten() for g in direct]), atol=1e-5, rtol=1e-4)
+        assert abs(value - results[0][0]) < 1e-10 and torch.allclose(draws, results[0][1], atol=1e-10)
+        assert torch.allclose(gradient, torch.cat([g.flatten() for g in direct]), atol=1e-10)
     assert direct[0].abs().max() > 1e-4
 
 
@@ -83,7 +85,10 @@ def test_same_seed_same_bits_and_other_slices_nearly(base, tmp_path):
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
     assert weights(tmp_path / "a") == weights(tmp_path / "b") and first == again
     sliced = train(config(base, slice_size=3), Folder(tmp_path / "c"))
-    assert sliced[1]["loss"] == pytest.approx(first[1]["loss"], rel=1e-4, abs=1e-6)
+    for step in (1, 2):
+        assert sliced[step]["gradient_norm"] == pytest.approx(first[step]["gradient_norm"], rel=1e-3)
+    assert sliced[2]["d_sd"] == pytest.approx(first[2]["d_sd"], rel=1e-2) and first[2]["d_sd"] > 0 < first[1]["gradient_norm"]
+    assert [first[step]["lr"] for step in (1, 4)] == pytest.approx([3e-4 * (0.1 + 0.45 * (1 + math.cos(math.pi * s))) for s in (0.25, 1)])
     assert [r["step"] for r in first] == [0, 1, 2, 3, 4] and {"eval_solve_rate"} <= set(first[2])
 
 
@@ -96,7 +101,7 @@ import sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
 from test_training import Folder, config
 from rspo_lab.training import train
-train(config({base!r}, steps=60, snapshots=1, eval_every=20, checkpoint_every=4), Folder({folder!r}))
+train(config({base!r}, steps=40, snapshots=1, eval_every=20, checkpoint_every=4), Folder({folder!r}))
 """
 
 
@@ -115,13 +120,15 @@ def test_sigkill_and_resume_is_bitwise(base, tmp_path):
         assert process.wait() == -signal.SIGKILL
     with metrics.open("a") as file:
         file.write('{"step": 99, "half a li')  # what a kill in the middle of a write leaves
-    undisturbed = config(base, steps=60, snapshots=1, eval_every=20, checkpoint_every=4)
+    undisturbed = config(base, steps=40, snapshots=1, eval_every=20, checkpoint_every=4)
     resumed = Folder(tmp_path / "killed")
     train(undisturbed, resumed)
-    assert 1 < resumed.seen[0] <= 60
+    assert 1 < resumed.seen[0] <= 40
     train(undisturbed, Folder(tmp_path / "whole"))
-    for name in ("metrics.jsonl", "sequences.jsonl", "snapshots/000060/model.safetensors"):
+    for name in ("metrics.jsonl", "sequences.jsonl", "snapshots/000040/model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    moved = [r for r in map(json.loads, (tmp_path / "whole/metrics.jsonl").read_text().splitlines()) if r.get("gradient_norm")]
+    assert len(moved) > 20  # a run that learned nothing would prove nothing
 
 
 def test_stop_leaves_a_resumable_run(base, tmp_path):
@@ -150,6 +157,7 @@ def test_another_config_is_refused(base, tmp_path):
     train(config(base), Folder(tmp_path / "run"))
     with pytest.raises(ValueError, match="another lam: use another run folder"):
         train(config(base, lam=0.5), Folder(tmp_path / "run"))
+    assert trained_run(tmp_path / "run")[0] == config(base)
 
 
 def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_path, monkeypatch):
@@ -174,14 +182,23 @@ def test_every_option_trains(base, tmp_path, changes):
     assert len(history) == 3 and all(history[2][k] is not None for k in ("loss", "reward", "lr"))
 
 
+def test_lora_snapshots_load_as_what_was_trained(base, tmp_path):
+    run = Folder(tmp_path / "run")
+    train(config(base, lora="all-linear", lora_rank=2, lr=1e-2), run)
+    settings, saved = trained_run(run.path)
+    policy, start = load(saved[4]), load(saved[0])
+    assert sorted(saved) == [0, 2, 4] and settings.lora == "all-linear" and policy.adapted
+    batch = held_still(settings, start, prompts=2, group=2, seed=0).batch
+    assert not torch.allclose(policy(batch, batch.valid), start(batch, batch.valid), atol=1e-4)
+    assert torch.equal(reference_of(policy)(batch, batch.valid), start(batch, batch.valid))
+
+
 def test_a_local_file_is_trained_on_without_the_held_out_problems(base, tmp_path):
-    held_out = countdown.examples("test", 4, seed=0)
-    rows = [{"input": "1,2,3", "output": "6"}, {"input": "4,5,6", "output": "15"}]
-    rows += [{"input": ",".join(map(str, e.numbers)), "output": str(e.target)} for e in held_out]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rows = sudoku.examples("train", 2, seed=0) + sudoku.examples("test", 4, seed=0)
+    (tmp_path / "data.csv").write_text("Puzzle,Solution\n" + "".join(f"{e.puzzle},{e.solution}\n" for e in rows))
     with pytest.raises(ValueError, match="2 problems that are not held out, fewer than prompts = 3"):
-        train(config(base, data=str(tmp_path / "data.jsonl"), prompts=3), Folder(tmp_path / "a"))
-    train(config(base, data=str(tmp_path / "data.jsonl"), steps=1), Folder(tmp_path / "b"))
+        train(config(base, data=str(tmp_path / "data.csv"), prompts=3), Folder(tmp_path / "a"))
+    train(config(base, data=str(tmp_path / "data.csv"), prompts=2, steps=1), Folder(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("changes, match", [
@@ -195,7 +212,7 @@ def test_bad_configs_are_refused_at_once(base, changes, match):
 
 
 def test_every_config_field_is_read():
-    source = (Path(training.__file__)).read_text()
-    body = source[source.index("def rspo(") :] + source[source.index("def snapshot_steps") :]
+    source = Path(config_module.__file__).read_text()
+    body = Path(training.__file__).read_text() + source[source.index("def __post_init__") :]
     for field in dataclasses.fields(TrainConfig):
         assert re.search(rf"\bconfig\.{field.name}\b|self\.{field.name}\b", body), f"nothing reads TrainConfig.{field.name}"

@@ -1,0 +1,81 @@
+"""Every logged quantity by hand on a 2 x 3 example, and intervals against their own coverage."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rspo_lab.diagnostics import correlation, gap_summary, mean_interval, variance_se, wilson
+from rspo_lab.measurement import factors, gap_table
+
+
+def test_gap_summary_by_hand():
+    """d = (1, 0, 2) +- (1, 0, 1): mean 1, centred (0, -1, 1); A/lam = (2, -4, 2)."""
+    d = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 3.0]])
+    advantage = torch.tensor([1.0, -2.0, 1.0])
+    record = gap_summary(d, advantage, 0.5)
+    gap = [2.0, -3.0, 1.0]
+    assert record["d_mean"] == 1 and record["d_sd"] == 1
+    assert record["calibration_ratio"] == pytest.approx(0.5 * 1 / math.sqrt(3))
+    assert record["target_correlation"] == pytest.approx(3 / math.sqrt(2 * 6))
+    assert record["mask_sd"] == pytest.approx(math.sqrt((2 + 0 + 2) / 3))
+    assert record["reliability"] == pytest.approx(1 - (4 / 3) / 2 / 1)
+    assert record["target_rms"] == pytest.approx(math.sqrt(24 / 3))
+    assert record["gap_mean"] == pytest.approx(0) and record["gap_rms"] == pytest.approx(math.sqrt(14 / 3))
+    assert record["gap_q50"] == 1 and record["gap_q05"] == pytest.approx(np.quantile(gap, 0.05))
+    assert record["gap_q95"] == pytest.approx(np.quantile(gap, 0.95))
+
+
+def test_undefined_quantities_are_none():
+    record = gap_summary(torch.zeros(1, 3), torch.zeros(3), 0.0)
+    assert {k for k, v in record.items() if v is None} >= {"mask_sd", "reliability", "gap_rms", "target_rms", "target_correlation"}
+    assert correlation(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0])) is None
+
+
+def test_variance_and_its_standard_error():
+    """Repeats of n normal draws: the mean of the estimates is 4, their spread what each says of itself (2 sigma^4 / (n-1))."""
+    samples = 2 * torch.randn(50, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    variance, error = variance_se(samples)
+    assert variance.mean().item() == pytest.approx(4, rel=0.01)
+    assert variance.std().item() == pytest.approx(math.sqrt(2 * 16 / 49), rel=0.05)
+    assert error.square().mean().sqrt().item() == pytest.approx(variance.std().item(), rel=0.1)
+
+
+def test_intervals_by_hand_and_by_coverage():
+    mean, low, high = mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and [high - mean, mean - low] == pytest.approx([4.303 / math.sqrt(3)] * 2, rel=1e-3)
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == pytest.approx(1) and wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    draws = np.random.default_rng(0).normal(size=(4000, 4))
+    inside = [low <= 0 <= high for _, low, high in map(mean_interval, draws.tolist())]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
+    hits = np.random.default_rng(1).binomial(40, 0.3, size=4000)
+    assert np.mean([wilson(int(k), 40)[0] <= 0.3 <= wilson(int(k), 40)[1] for k in hits]) == pytest.approx(0.95, abs=0.02)
+    with pytest.raises(ValueError, match="at least 2"):
+        mean_interval([1.0])
+
+
+def test_factors_are_at_equal_cost():
+    rows = [("count", 2, 2.0, 6.0), ("coupled", 2, 1.5, 2.0), ("t_redraw", 2, 2.0, 50.0)]
+    frame = pd.DataFrame(rows, columns=["design", "views", "cost", "value"]).assign(quantity="var_d_shared", stderr=0.1)
+    assert factors(frame).to_dict("records") == [{"count": 1.0, "coupled": 4.0}]
+
+
+def test_gap_table_by_hand():
+    samples = pd.DataFrame(
+        {
+            "step": 5, "problem": ["a", "a", "b", "b"], "reward": [1.0, 0.0, 1.0, 1.0], "advantage": [1.0, -1.0, 0.0, 0.0],
+            "d": [0.0, 1.0, 2.0, 3.0], "d_exact": [0.0, 2.0, 4.0, 6.0], "log_ratio": [3.0, 2.0, 1.0, 0.0],
+            "elbo_gap": [0.1, 0.4, 0.1, 0.2], "target": [2.0, -2.0, 0.0, 0.0], "gap": [3.5, -1.5, -0.5, -1.5],
+        }
+    )  # fmt: skip
+    lam = 0.5
+    samples["weight"] = samples["advantage"] - lam * (samples["d"] - samples["d"].mean())
+    (row,) = gap_table(samples, lam, seed=0, resamples=50).to_dict("records")
+    assert row["slope"] == pytest.approx(2) and row["r_estimate"] == pytest.approx(1) and row["r_log_ratio"] == pytest.approx(-1)
+    assert row["flips"] == 0 and row["flips_exact"] == 0 and row["solved"] == 0.75 and row["distinct"] == 4
+    assert row["elbo_gap_not_solved"] == 0.4 and row["elbo_gap_solved"] == pytest.approx(0.4 / 3)
+    assert row["mean_d_exact_low"] <= row["mean_d_exact"] == 3 <= row["mean_d_exact_high"]
+    flipped = gap_table(samples.assign(weight=-samples["weight"]), lam, seed=0, resamples=2).loc[0, "flips"]
+    assert flipped == 1
