@@ -41,8 +41,9 @@ RAW = Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lr": RATE, "lam": 0.0})
 SEEDS = (0, 1, 2)
 GRID = [
     *(Job("rspo", "02_train.ipynb", SUDOKU | {"lr": RATE, "seed": seed}) for seed in SEEDS),
+    *(Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lam": 0.0, "lr": RATE, "seed": seed}) for seed in SEEDS),
     *(Job("countdown", "02_train.ipynb", COUNTDOWN | {"seed": seed}) for seed in SEEDS),
-    *(Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lam": 0.0, "lr": lr, "seed": seed}) for lr in (RATE, 1e-4, 3e-5) for seed in SEEDS),
+    *(Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lam": 0.0, "lr": lr, "seed": seed}) for lr in (1e-4, 3e-5) for seed in SEEDS),
 ]
 
 
