@@ -1,9 +1,11 @@
 """The configuration of one training run: every choice a field, checked as soon as it is made."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rspo_lab.advantages import ADVANTAGES
 from rspo_lab.masks import DESIGNS
+from rspo_lab.model import find
 from rspo_lab.tasks import task as task_named
 
 CHOICES = {
@@ -73,6 +75,9 @@ class TrainConfig:
         if self.lam < 0 or self.lr <= 0:
             raise ValueError(f"lam must be >= 0 and lr > 0, not {self.lam} and {self.lr}")
         task_named(self.task)
+        find(self.model)
+        if self.data and not Path(self.data).is_file():
+            raise FileNotFoundError(f"no file of problems at data = {self.data}: give a path from here ({Path.cwd()}) or a full one")
 
     @property
     def snapshot_steps(self) -> list[int]:

@@ -119,7 +119,7 @@ def load(name: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.f
     Raises FileNotFoundError for a folder that is not there, ValueError for tensors that are missing, unexpected or of
     another shape, and for a causal model.
     """
-    name = _find(name)
+    name = find(name)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if (Path(name) / "adapter_config.json").is_file():
         from peft import PeftModel
@@ -138,8 +138,8 @@ def load(name: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.f
     return DiffusionLM(hf.eval(), tokenizer).to(device)
 
 
-def _find(name: str | Path) -> str | Path:
-    """A folder if there is one, else what can only be a hub name: "owner/model"."""
+def find(name: str | Path) -> str | Path:
+    """The folder of a checkpoint if there is one, else what can only be a hub name, "owner/model"; or FileNotFoundError."""
     for folder in (Path(name), DATA / name):
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return folder

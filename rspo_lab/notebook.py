@@ -28,6 +28,7 @@ from rspo_lab.files import read_json, write_json
 from rspo_lab.parameters import complete, declared
 from rspo_lab.runs import claim, now, release, run_path
 
+BAD_INPUT = {"ParameterError", "ValueError", "FileNotFoundError", "RunError"}
 REPORT_S = 5  # seconds between progress lines, at least
 
 
@@ -57,6 +58,7 @@ def run_notebook(
     path = run_path(notebook, params, runs, name)
     if read_json(path / "status.json").get("state") == "done":
         return Outcome(path, "done", 0, f"already done: {path}")
+    existed = path.exists()
     claim(path, params)
     try:
         write_json(path / "status.json", {"state": "running", "pid": os.getpid(), "started": now()})
@@ -68,11 +70,22 @@ def run_notebook(
         if not failure and status.get("state") == "stopped":
             return Outcome(path, "stopped", 130, f"stopped: {path}")
         kind, message, code = failure or ("unfinished", "the notebook ended before run.finish() (sys.exit?)", 1)
+        if kind == "input" and not existed:
+            _remove(path, runs)
+            return Outcome(path, "failed", code, message)
         error = {"kind": kind, "message": message}
         write_json(path / "status.json", {**status, "state": "failed", "ended": now(), "error": error})
         return Outcome(path, "failed", code, f"{message} (see {path / 'executed.ipynb'})")
     finally:
         release(path)
+
+
+def _remove(path: Path, runs: Path) -> None:
+    """Take back a run folder that bad input left, and the folders above it that it alone was in."""
+    shutil.rmtree(path)
+    for folder in (path.parent, runs.resolve()):
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _attempt(notebook: Path, given: Mapping[str, Any], path: Path, timeout: int | float | None) -> tuple[str, str, int] | None:
@@ -86,8 +99,10 @@ def _attempt(notebook: Path, given: Mapping[str, Any], path: Path, timeout: int 
                 raise
             _execute(notebook, given, path, deadline)
     except PapermillExecutionError as error:
-        lines = str(error.evalue).strip().splitlines() or [""]
-        return "cell", f"{error.ename}: {lines[0][:300]}", 1
+        line = (str(error.evalue).strip().splitlines() or [""])[0][:300]
+        if error.ename in BAD_INPUT and "start_run(" in str(error.source):  # the opening cell checks what it was given
+            return "input", line, 2
+        return "cell", f"{error.ename}: {line}", 1
     except CellTimeoutError as error:
         if deadline is None or time.monotonic() < deadline:
             return "cell", " ".join(str(error).split())[:300], 1

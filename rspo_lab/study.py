@@ -18,7 +18,7 @@ from rspo_lab.parameters import complete, declared
 from rspo_lab.runs import run_path
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-SUDOKU = {"model": "base-sudoku", "task": "sudoku", "prompts": 64, "steps": 300, "eval_every": 25, "eval_problems": 256}
+SUDOKU = {"model": "base-sudoku", "task": "sudoku", "prompts": 64, "views": 4, "steps": 400, "eval_every": 25, "eval_problems": 256}
 COUNTDOWN = {"model": "base-countdown", "task": "countdown", "prompts": 32, "steps": 450, "eval_every": 50, "eval_problems": 192}
 RATE = 3e-4  # the learning rate of the pair that `study` trains
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rspo_lab import live
 from rspo_lab.config import TrainConfig
 
-CONFIG = TrainConfig(model="nowhere", task="sudoku", steps=20)
+CONFIG = TrainConfig(model="base-sudoku", task="sudoku", steps=20)
 
 
 @pytest.fixture

@@ -113,6 +113,19 @@ def test_bare_papermill_gives_the_same_run(trained, tmp_path):
     assert refused.returncode != 0 and "did you mean" in refused.stderr and "steps" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"design": "cont"}, "design must be one of count"),
+        ({"model": "/nowhere"}, "no model at /nowhere"),
+        ({"task": "sudok"}, "did you mean"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_nothing(given, said, tmp_path):
+    outcome = run_notebook(FOLDER / "02_train.ipynb", given, runs=tmp_path / "runs", report=lambda line: None)
+    assert outcome.code == 2 and said in outcome.message and not (tmp_path / "runs").exists()
+
+
 def test_tasks_named_in_notebooks_exist():
     for name in NOTEBOOKS:
         assert declared(FOLDER / name)["task"].default in TASKS

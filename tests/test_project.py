@@ -72,6 +72,15 @@ def test_conda_environment_and_pyproject_agree():
     assert set(pins) <= wanted
 
 
+def test_readme_python_runs():
+    """The snippet of the README, as it stands there, ends in gradients."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    names = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in names["policy"].parameters())
+    assert names["d"].shape == (4, 16)
+
+
 def test_readme_commands_are_makefile_targets():
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"\bmake (\w+)", readme)):

@@ -70,7 +70,7 @@ def test_grid_table_by_hand(tmp_path):
 
 def test_a_failing_run_fails_the_study(tmp_path, capsys):
     bad = study.Job("bad", "02_train.ipynb", {"model": "/nowhere", "steps": 1})
-    assert study.run_jobs([bad], tmp_path / "study", at_once=1) == 1
+    assert study.run_jobs([bad], tmp_path / "study", at_once=1) == 2
     assert "no model at /nowhere" in capsys.readouterr().out
 
 
