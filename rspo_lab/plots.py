@@ -26,9 +26,9 @@ def training_figure(history: list[dict], lam: float) -> Figure:
             _line(gap, frame.replace({"target_rms": {0: np.nan}}), "target_rms", TARGET, "target A/λ", smooth=True)
             _line(gap, frame.replace({"gap_rms": {0: np.nan}}), "gap_rms", POLICY, "gap A/λ − d̂", smooth=True)
         _line(gap, frame[frame["step"] > 1], "d_sd", INK, "estimate d̂", smooth=True)
-        gap.set(title="Target, gap, estimate: rms, nats", yscale="log")
+        gap.set(title="Target, gap, d̂: rms, nats", yscale="log")
         _line(noise, frame, "mask_sd", POLICY, "mask noise", smooth=True)
-        noise.set(title="Mask noise: sd of one draw of d", xlabel="step", ylim=(0, None))
+        noise.set(title="Mask noise: sd of one d", xlabel="step", ylim=(0, None))
         _line(correction, frame, "calibration_ratio", POLICY, "λ sd(d̂) / sd(A)", smooth=True)
         _line(correction, frame, "sign_flips", TARGET, "share of sign flips", smooth=True)
         correction.set(title="How much λ corrects", xlabel="step", ylim=(0, None))
@@ -89,7 +89,8 @@ def variance_figure(results: pd.DataFrame) -> Figure:
                 span = np.array([part["cost"].min(), part["cost"].max()])
                 axis.plot(span, count["value"].iloc[0] * count["cost"].iloc[0] / span, color=INK, linestyle="--", linewidth=0.7)
             axis.set(title=f"Variance of {title}", xscale="log", yscale="log")
-            axis.set_xticks(sorted(part["views"].unique()), [str(v) for v in sorted(part["views"].unique())], minor=False)
+            ticks = sorted(part[part["design"] == part["design"].iloc[0]]["cost"].round(2))
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
             axis.minorticks_off()
         for axis in axes[1]:
             axis.set_xlabel("forward passes a sequence")
@@ -135,6 +136,7 @@ def gap_figure(samples: pd.DataFrame) -> Figure:
         gaps = [samples[samples["step"] == step]["gap"] for step in steps]
         axes[-1].boxplot(gaps, tick_labels=[str(step) for step in steps], whis=(5, 95), sym="", medianprops={"color": TARGET})
         axes[-1].set(title="gap, nats", xlabel="step")
+        axes[-1].tick_params(axis="x", labelsize=5.5)
     return figure
 
 
@@ -154,7 +156,7 @@ def exact_figure(samples: pd.DataFrame) -> Figure:
                 axis.set(title=f"step {step}: r = {r:.2f}", xlabel=f"{x_label}, nats")
                 axis.locator_params(nbins=4)
             row[0].set_ylabel(f"{y_label}, nats")
-        rows[0, 0].legend(loc="best").set_in_layout(False)
+        figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 

@@ -52,7 +52,7 @@ def study(runs: Path) -> int:
     root, began = (runs / "study").resolve(), time.monotonic()
     measured = {"trained": str(RSPO.path(root))}
     variance = Job("variance", "03_estimator_variance.ipynb", measured)
-    gap = Job("gap", "04_logratio_gap.ipynb", measured)
+    gap = Job("gap", "04_logratio_gap.ipynb", measured | {"prompts": 32})
     for jobs in ([RSPO, RAW], [variance, gap]):
         if code := run_jobs(jobs, root, at_once=2):
             return code
