@@ -49,7 +49,7 @@ def learning_figure(runs: dict[str, list[dict]], colours: dict[str, str], proble
         for (label, history), marker in zip(runs.items(), "osD^"):
             frame = pd.DataFrame(history)
             rate = frame.dropna(subset="eval_solve_rate")
-            low, high = zip(*(wilson(round(p * problems), problems) for p in rate["eval_solve_rate"]))
+            low, high = np.array([wilson(round(p * problems), problems) for p in rate["eval_solve_rate"]]).T
             whiskers = [rate["eval_solve_rate"] - low, high - rate["eval_solve_rate"]]
             left.errorbar(
                 rate["step"],

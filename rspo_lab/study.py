@@ -92,9 +92,9 @@ def _run(job: Job, root: Path) -> int:
         return 0
     words = [w for name, value in job.given.items() for w in ("-p", name, str(value))]
     command = [sys.executable, "-m", "rspo_lab.cli", "run", str(NOTEBOOKS / job.notebook), "--runs", str(root), "--name", job.name]
-    process = subprocess.Popen(
-        command + words, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    for line in process.stdout:
-        print(f"{label}: {line.rstrip()}", flush=True)
-    return process.wait()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command + words, env=environment, text=True, **pipe) as process:
+        for line in process.stdout:
+            print(f"{label}: {line.rstrip()}", flush=True)
+    return process.returncode

@@ -178,8 +178,9 @@ def test_grade_prints_text_or_json(capsys):
 def test_study_gives_its_exit_code(capsys, monkeypatch):
     module = types.ModuleType("rspo_lab.study")
     module.study = lambda runs: 7 if runs == Path("there") else 0
+    module.grid = lambda runs: 5
     monkeypatch.setitem(sys.modules, "rspo_lab.study", module)
-    assert [main(["study", "--runs", "there"]), main(["study"])] == [7, 0]
+    assert [main(["study", "--runs", "there"]), main(["study"]), main(["study", "--grid"])] == [7, 0, 5]
 
 
 def test_broken_run_directory_is_no_traceback(capsys):

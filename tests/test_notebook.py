@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -97,6 +98,8 @@ def test_a_directory_in_use_by_a_live_process_is_refused(folder):
 
 def test_a_run_that_ends_well_is_done_once(folder, monkeypatch):
     monkeypatch.setattr(notebook_module, "REPORT_S", 0.05)
+    sockets = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))  # short: a socket's path has at most 107 bytes
+    monkeypatch.setattr(tempfile, "tempdir", str(sockets))
     lines = []
     notebook = make(folder, FIGURE, "import time; time.sleep(0.2)", "run.finish()")
     outcome = execute(notebook, {"lam": 2, "data": "a=b"}, name="first", report=lines.append)
@@ -114,7 +117,7 @@ def test_a_run_that_ends_well_is_done_once(folder, monkeypatch):
     again = execute(notebook, {"data": "a=b", "lam": 2.0}, name="first")
     assert (again.path, again.code) == (outcome.path, 0) and "already done" in again.message
     assert (outcome.path / "executed.ipynb").stat().st_mtime_ns == before
-    assert not list(Path("/tmp").glob("rspo-*/kernel.json"))
+    assert not list(sockets.iterdir())
 
 
 def test_a_damaged_status_is_not_done_and_the_run_goes_again(folder):
@@ -213,7 +216,7 @@ def test_the_users_kernels_and_startup_files_are_not_used(folder, monkeypatch):
 def test_a_notebook_that_names_another_is_refused(folder):
     notebook = make(folder, "run.finish()").rename(folder / "copy.ipynb")
     outcome = execute(notebook)
-    assert outcome.code == 1 and 'write start_run("copy.ipynb", globals())' in outcome.message
+    assert outcome.code == 2 and 'write start_run("copy.ipynb", globals())' in outcome.message and not outcome.path.exists()
 
 
 def test_bare_papermill_is_as_strict_and_shares_the_key(folder):
