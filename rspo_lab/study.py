@@ -88,7 +88,7 @@ def _run(job: Job, root: Path) -> int:
     path = job.path(root)
     label = f"{job.name}/{path.name}"
     if read_json(path / "status.json").get("state") == "done":
-        print(f"{label}: already done, skipped ({path})", flush=True)
+        _say(f"{label}: already done, skipped ({path})")
         return 0
     words = [w for name, value in job.given.items() for w in ("-p", name, str(value))]
     command = [sys.executable, "-m", "rspo_lab.cli", "run", str(NOTEBOOKS / job.notebook), "--runs", str(root), "--name", job.name]
@@ -96,5 +96,11 @@ def _run(job: Job, root: Path) -> int:
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command + words, env=environment, text=True, **pipe) as process:
         for line in process.stdout:
-            print(f"{label}: {line.rstrip()}", flush=True)
+            _say(f"{label}: {line.rstrip()}")
     return process.returncode
+
+
+def _say(line: str) -> None:
+    """One write, so that lines of jobs that run side by side do not mix."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

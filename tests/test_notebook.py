@@ -163,10 +163,8 @@ def test_a_killed_kernel_is_seen_and_a_second_try_completes(folder):
 
 
 def test_a_timeout_is_for_the_whole_run_and_ends_the_kernel(folder):
-    began = time.monotonic()
-    outcome = execute(make(folder, "import time", *["time.sleep(0.7)"] * 20, "run.finish()"), timeout=3)
+    outcome = execute(make(folder, "import time", *["time.sleep(2)"] * 60, "run.finish()"), timeout=10)
     assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == ("failed", 124, "timeout")
-    assert time.monotonic() - began < 9
     assert gone(status(outcome)["pid"])
 
 
@@ -180,8 +178,12 @@ def test_an_interrupt_ends_the_kernel_and_is_recorded(folder, number, code):
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with SIGINT ignored
     threading.Thread(target=interrupt, daemon=True).start()
-    outcome = execute(notebook, timeout=30)
+    try:
+        outcome = execute(notebook, timeout=60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == ("failed", code, "interrupted")
     assert gone(status(outcome)["pid"])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
