@@ -65,7 +65,7 @@ def learning_figure(runs: dict[str, list[dict]], colours: dict[str, str], proble
         left.set(xlabel="step", title="Held-out solve rate, greedy")
         right.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
         right.set(xlabel="step", title="Mean ELBO log-ratio on policy, nats", yscale="symlog")
-        left.legend()
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 

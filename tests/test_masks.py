@@ -111,6 +111,22 @@ def test_coupled_views_are_complements():
     assert ((masks.hidden[0::2] ^ masks.hidden[1::2]) == valid).all() and masks.replicate.tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("name", ["count", "coupled", "t_redraw"])
+def test_replicates_are_drawn_independently(name):
+    """The sizes of two replicates' first views are uncorrelated over rows (4 standard errors)."""
+    masks = DESIGNS[name](torch.ones(20_000, 6, dtype=torch.bool), 4, generator=torch.Generator().manual_seed(0))
+    first, second = (masks.hidden[(masks.replicate == r).nonzero()[0, 0]].sum(-1).double() for r in (0, 1))
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1].item()) < 4 / 20_000**0.5
+
+
+def test_weights_of_t_redraw_are_one_over_its_level():
+    """A level in (0, 1) gives weights above 1; given one hidden token of 4, P(t < 1/2 | l = 1) = 13/16 (Beta(2, 4))."""
+    masks = t_redraw(torch.ones(100_000, U, dtype=torch.bool), 1, generator=torch.Generator().manual_seed(0))
+    weight = masks.weight[0][masks.hidden[0].sum(-1) == 1]
+    share = (weight > 2).double().mean().item()
+    assert (masks.weight > 1).all() and abs(share - 13 / 16) < 4 * (13 / 16 * 3 / 16 / len(weight)) ** 0.5
+
+
 def test_bad_input_is_refused():
     valid = torch.ones(2, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="even"):

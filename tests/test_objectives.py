@@ -82,6 +82,19 @@ def test_leave_one_out_is_unbiased_for_the_true_square_and_shared_is_not(residua
     assert extra.abs().max() > 1e-3
 
 
+def test_leave_one_out_centres_the_other_replicates_estimate():
+    """Against loops: replicate r of row i is weighed by A_i - lam (mean of the other draws of i, minus that over all rows)."""
+    phi, theta, advantage = features(3, 4)
+    d, lam = phi @ theta, 0.7
+    total = 0.0
+    for r in range(3):
+        others = torch.stack([d[k] for k in range(3) if k != r]).mean(0).detach()
+        for i in range(4):
+            total = total - (advantage[i] - lam * (others[i] - others.mean())) * d[r, i] / 12
+    loss = rspo(phi @ theta, advantage, lam=lam, residual="leave_one_out")
+    assert torch.allclose(gradient(loss.value, theta), gradient(total, theta), atol=1e-12)
+
+
 def test_bad_input_is_refused():
     d, advantage = torch.zeros(1, 2), torch.zeros(2)
     with pytest.raises(ValueError, match="at least 2 replicates"):
