@@ -18,7 +18,10 @@ from rspo_lab.parameters import complete, declared
 from rspo_lab.runs import run_path
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-SUDOKU = {"model": "base-sudoku", "task": "sudoku", "prompts": 64, "views": 4, "steps": 400, "eval_every": 25, "eval_problems": 256}
+SUDOKU = {
+    "model": "base-sudoku", "task": "sudoku", "prompts": 64, "group": 16, "steps": 300, "slice_size": 2048,
+    "eval_every": 25, "eval_problems": 256,
+}  # fmt: skip
 COUNTDOWN = {"model": "base-countdown", "task": "countdown", "prompts": 32, "steps": 450, "eval_every": 50, "eval_problems": 192}
 RATE = 3e-4  # the learning rate of the pair that `study` trains
 
@@ -41,9 +44,10 @@ RAW = Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lr": RATE, "lam": 0.0})
 SEEDS = (0, 1, 2)
 GRID = [
     *(Job("rspo", "02_train.ipynb", SUDOKU | {"lr": RATE, "seed": seed}) for seed in SEEDS),
-    *(Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lam": 0.0, "lr": RATE, "seed": seed}) for seed in SEEDS),
+    *(Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lr": RATE, "lam": 0.0, "seed": seed}) for seed in SEEDS),
     *(Job("countdown", "02_train.ipynb", COUNTDOWN | {"seed": seed}) for seed in SEEDS),
-    *(Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lam": 0.0, "lr": lr, "seed": seed}) for lr in (1e-4, 3e-5) for seed in SEEDS),
+    *(Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lr": lr, "lam": 0.0, "seed": seed}) for lr in (1e-4, 3e-5) for seed in SEEDS),
+    *(Job("rspo", "02_train.ipynb", SUDOKU | {"lr": lr, "seed": seed}) for lr in (1e-4, 1e-3) for seed in SEEDS),
 ]
 
 
