@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from rspo_lab.advantages import ADVANTAGES
-from rspo_lab.masks import DESIGNS
+from rspo_lab.masks import design as design_named
 from rspo_lab.model import find
 from rspo_lab.tasks import task as task_named
 
 CHOICES = {
-    "objective": ("rspo", "reinforce_elbo"), "advantage": ADVANTAGES, "design": DESIGNS, "scope": ("batch", "group", "none"),
+    "objective": ("rspo", "reinforce_elbo"), "advantage": ADVANTAGES, "scope": ("batch", "group", "none"),
     "residual": ("shared", "leave_one_out"), "score_unit": ("sequence", "token"), "zero_variance": ("keep", "skip"),
     "lora": ("none", "all-linear", "d1"), "style": ("compact", "d1"), "dtype": ("float32", "bfloat16"),
 }  # fmt: skip
@@ -41,9 +43,10 @@ class TrainConfig:
     score_unit: str = "sequence"  # sum of nats; or token: mean over valid tokens
     use_reference: bool = True  # False: d is the score itself
     zero_variance: str = "keep"  # groups whose rewards agree: keep (pulled to the reference) or skip
-    design: str = "count"
+    design: str = "count"  # a name of masks.DESIGNS, with parameters if it has any: bsc(0.5, 0.5)
     views: int = 2
     inner_steps: int = 1  # updates on one rollout
+    old_views: int = 0  # above 0: d = (policy - rollout's policy) on `views` masks + (that - reference) on this many, once a rollout
     lr: float = 3e-4
     warmup: int = 10  # steps of linear warm-up, then a cosine to a tenth
     max_grad_norm: float = 1.0
@@ -72,8 +75,12 @@ class TrainConfig:
             raise ValueError(f"style {self.style!r} needs a length, the number of completion tokens")
         if self.dtype != "float32" and self.lora == "none":
             raise ValueError(f"{self.dtype} weights would round small updates away: train LoRA adapters (lora) or use float32")
+        if self.old_views < 0:
+            raise ValueError(f"old_views must be at least 0, not {self.old_views}")
         if self.lam < 0 or self.lr <= 0:
             raise ValueError(f"lam must be >= 0 and lr > 0, not {self.lam} and {self.lr}")
+        for views in (self.views, self.old_views or self.views):  # a design refuses numbers that it cannot make
+            design_named(self.design)(torch.ones(1, 1, dtype=torch.bool), views, generator=torch.Generator())
         task_named(self.task)
         find(self.model)
         if self.data and not Path(self.data).is_file():

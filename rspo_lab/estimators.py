@@ -34,7 +34,8 @@ def elbo_slices(denoiser: Denoiser, batch: Batch, masks: Masks, *, slice_size: i
         v, b = view[part], row[part]
         hidden = masks.hidden[v, b].to(device)
         token_logp = denoiser(batch.rows(b.to(device)), hidden)
-        term = token_logp.where(hidden, 0.0).sum(-1) * masks.weight[v, b].to(token_logp)
+        counted = masks.counted[v, b].to(device)
+        term = token_logp.where(counted, 0.0).sum(-1) * masks.weight[v, b].to(token_logp)
         cell = (masks.replicate[v] * len(batch) + b).to(device)
         draws = term.new_zeros(masks.replicates * len(batch)).index_add(0, cell, term)
         yield draws.view(masks.replicates, len(batch))
@@ -50,3 +51,51 @@ def log_ratio_draws(
     with torch.no_grad():
         baseline = elbo_draws(reference, batch, masks, slice_size=slice_size)
     return elbo_draws(policy, batch, masks, slice_size=slice_size) - baseline
+
+
+def two_level_baseline(
+    old: Denoiser, reference: Denoiser, batch: Batch, masks: Masks, many: Masks, *, slice_size: int | None = None
+) -> Float[Tensor, "R B"]:  # fmt: skip
+    """What to take from a policy's draws on `masks` to have d = (policy - old) on `masks` + (old - reference) on `many`.
+
+    `old` is the policy that made the completions, so the first part is small as long as the policy is near it, and the second
+    is computed once for all updates on them.  Unbiased for d if the designs are for their scores.  At the old policy itself d is
+    (old - reference) on `many` alone; with `masks` drawn independently of `many` the shared residual of RSPO is then unbiased too.
+    """
+    with torch.no_grad():
+        ratio = log_ratio_draws(old, reference, batch, many, slice_size=slice_size).mean(0)
+        return elbo_draws(old, batch, masks, slice_size=slice_size) - ratio
+
+
+def level_control(
+    draws: Float[Tensor, "R B"], masks: Masks, valid: Bool[Tensor, "B L"], level: float
+) -> Float[Tensor, "R B"]:  # fmt: skip
+    """Draws of a score less level * (weight given to tokens - its expectation u): the same mean for unbiased designs, less noise.
+
+    level: nats a token, typically the mean so far; it must not depend on these masks.  Designs whose weights always sum to u
+    (count, systematic, nested, cycle) are left as they are; bsc with alpha > 0, coupled and the 1/t forms gain.
+    """
+    covered = masks.counted.sum(-1) * masks.weight
+    total = covered.new_zeros(masks.replicates, covered.shape[1]).index_add(0, masks.replicate, covered)
+    return draws - level * (total - valid.sum(-1).cpu()).to(draws)
+
+
+def eubo(denoiser: Denoiser, batch: Batch, masks: Masks, *, beta: float, slice_size: int | None = None) -> Float[Tensor, " B"]:
+    """(1/beta) sum_i log E_S[q(y_i | x, y without S)^beta | i in S], from all views: an evidence upper bound, nats.
+
+    Plug-in: the mean over S is that of the weights of the views that score i, a token that none scores adds 0, and the
+    logarithm of a mean is biased down, all of which vanishes with more views.  By Hölder's inequality the exact value is at least the
+    random-order log p if beta >= u, and it is never below the ELBO; for smaller beta it can be below log p
+    (SPG, arXiv:2510.09541, which takes beta of 1 to 1.5).
+    """
+    view, row = masks.hidden.any(-1).nonzero(as_tuple=True)
+    device = batch.completion.device
+    power, total = (torch.zeros(batch.completion.shape, dtype=torch.float64, device=device) for _ in range(2))
+    for part in torch.arange(len(view)).split(slice_size or max(len(view), 1)):
+        v, b = view[part], row[part]
+        token_logp = denoiser(batch.rows(b.to(device)), masks.hidden[v, b].to(device))
+        weight = (masks.weight[v, b][:, None] * masks.counted[v, b]).to(device)
+        power = power.index_add(0, b.to(device), weight * (beta * token_logp.double()).exp())
+        total = total.index_add(0, b.to(device), weight)
+    scored = total > 0
+    return (power.where(scored, 1.0) / total.where(scored, 1.0)).log().sum(-1) / beta

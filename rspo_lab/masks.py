@@ -5,10 +5,16 @@ Shapes: M = masked views, R = replicates, B = sequences, L = completion tokens; 
 ELBO(y|x) = E_l[(u/l) E_S[g(S)]], l ~ U{1..u}, S a uniform l-subset of the valid tokens, g(S) = sum over S of
 log q(y_i | x, y without S)  (LLaDA, arXiv:2502.09992, Eq. 6; any-order form, arXiv:2110.02037).  A design is unbiased
 for it iff for every non-empty S:  E[sum over views of one replicate of weight * 1(hidden = S)] = 1 / (l C(u, l)).
+A design of equal views relabelled by a uniform order of the tokens needs only the right law of its sizes.
 """
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -16,11 +22,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Masks:
-    """A design's draw.  ELBO estimate of a replicate = sum over its views of weight * (sum of hidden token log-probs)."""
+    """A design's draw.  Estimate of a replicate = sum over its views of weight * (sum of scored token log-probs)."""
 
     hidden: Bool[Tensor, "M B L"]  # an empty view costs no forward
     weight: Float[Tensor, "M B"]  # float64, on the CPU like all of a draw
     replicate: Int[Tensor, " M"]  # views of one id form a self-contained estimate; the estimate is the mean over ids
+    scored: Bool[Tensor, "M B L"] | None = None  # the hidden tokens that count; None: all of them
 
     @property
     def replicates(self) -> int:
@@ -32,9 +39,31 @@ class Masks:
         """Mean number of non-empty views a sequence, the cost of scoring it once."""
         return self.hidden.any(-1).sum().item() / self.hidden.shape[1]
 
+    @property
+    def counted(self) -> Bool[Tensor, "M B L"]:
+        """The tokens whose log-probs enter the estimate."""
+        return self.hidden if self.scored is None else self.scored
+
     def rows(self, index) -> "Masks":
         """The same draw for the sequences `index` only."""
-        return Masks(self.hidden[:, index], self.weight[:, index], self.replicate)
+        return Masks(self.hidden[:, index], self.weight[:, index], self.replicate, None if self.scored is None else self.scored[:, index])
+
+
+def design(name: str) -> Callable[..., Masks]:
+    """The design of that name, with its parameters if it has any: "count", "bsc", "bsc(1, 0.5)", "cyck(3)"."""
+    found = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", name.strip())
+    if not found or found[1] not in DESIGNS:
+        raise ValueError(f"design must be one of {', '.join(DESIGNS)}, not {name!r}")
+    made = DESIGNS[found[1]]
+    if found[2] is None:
+        return made
+    takes = [p for p in signature(made).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "generator"]
+    words, names = found[2].split(",") if found[2].strip() else [], [p.name for p in takes]
+    try:
+        values = {p.name: type(p.default)(word) for p, word in zip(takes, words, strict=True)}
+    except ValueError:
+        raise ValueError(f"design {name!r}: {found[1]} takes {len(names)} numbers ({', '.join(names) or 'none'})") from None
+    return partial(made, **values)
 
 
 def count(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
@@ -45,7 +74,7 @@ def count(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator)
     """
     used = _tokens(valid, views)
     level = _uniform((views, len(valid)), generator)
-    return _count(valid, used, level, _order(valid, views, generator), torch.arange(views))
+    return _count(valid, used, level, _order(valid.expand(views, -1, -1), generator), torch.arange(views))
 
 
 def systematic(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
@@ -53,11 +82,8 @@ def systematic(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Gener
 
     The low-discrepancy sampler of MDLM (arXiv:2406.07524) on counts; the views of a sequence are dependent.
     """
-    used = _tokens(valid, views)
-    start = _uniform((1, len(valid)), generator)
-    level = (start + torch.arange(views, dtype=torch.float64)[:, None] / views) % 1
-    order = _order(valid, views, generator)
-    return _count(valid, used, level, order, torch.zeros(views, dtype=torch.long))
+    used, level = _tokens(valid, views), _spread(valid, views, generator)
+    return _count(valid, used, level, _order(valid.expand(views, -1, -1), generator), torch.zeros(views, dtype=torch.long))
 
 
 def coupled(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
@@ -69,11 +95,22 @@ def coupled(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generato
         raise ValueError(f"coupled masks come in pairs: views must be even, not {views}")
     used = _tokens(valid, views)
     level = _uniform((views // 2, len(valid)), generator)
-    hidden = _order(valid, views // 2, generator) < _floor(level * (used + 1), used)[..., None]
+    hidden = _order(valid.expand(views // 2, -1, -1), generator) < _floor(level * (used + 1), used)[..., None]
     hidden = torch.stack([hidden & valid, ~hidden & valid], 1).flatten(0, 1)
     size = hidden.sum(-1)
     weight = (used + 1.0).double() / (2 * size.clamp(min=1)) * (size > 0)
     return Masks(hidden, weight, torch.arange(views // 2).repeat_interleave(2))
+
+
+def t_iid(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
+    """t ~ U(0,1), each token hidden with probability t, weight 1/t; an empty view scores 0.  Unbiased, of infinite variance.
+
+    The continuous-time form (MDLM, arXiv:2406.07524, Eq. 10), a baseline only: E[1/t^2 | l=1] diverges.
+    """
+    _tokens(valid, views)
+    level, coin = _uniform((views, len(valid)), generator), _uniform((views, *valid.shape), generator)
+    hidden = (coin < level[..., None]) & valid
+    return Masks(hidden, 1 / level * hidden.any(-1), torch.arange(views))
 
 
 def t_redraw(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
@@ -92,7 +129,120 @@ def t_redraw(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generat
     return Masks(hidden, 1 / level, torch.arange(views))
 
 
-DESIGNS = {"count": count, "systematic": systematic, "coupled": coupled, "t_redraw": t_redraw}
+def nested(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
+    """Systematic counts whose views hide prefixes of ONE random order; weight u/(l views); one replicate.  Unbiased.
+
+    A baseline: the views overlap as much as they can, so more of them soon stop to help.
+    """
+    used, level = _tokens(valid, views), _spread(valid, views, generator)
+    return _count(valid, used, level, _order(valid[None], generator), torch.zeros(views, dtype=torch.long))
+
+
+def gauss(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
+    """Gauss-Legendre nodes t of (0, 1) with weights w/t, each token hidden with probability t; one replicate.
+
+    E[g(M)]/t is a polynomial of degree u-1 in t, so the rule is exact, and the design unbiased, if 2 views >= u; with
+    fewer views it is BIASED.  (GDPO, arXiv:2510.08554)
+    """
+    _tokens(valid, views)
+    node, rule = (torch.from_numpy(x)[:, None] for x in np.polynomial.legendre.leggauss(views))
+    level = (node + 1) / 2
+    hidden = (_uniform((views, *valid.shape), generator) < level[..., None]) & valid
+    return Masks(hidden, rule / 2 / level * hidden.any(-1), torch.zeros(views, dtype=torch.long))
+
+
+def bsc(valid: Bool[Tensor, "B L"], views: int, *, alpha: float = 0.5, gamma: float = 0.5, generator: torch.Generator) -> Masks:
+    """Balanced systematic counts: counts spread evenly over the law q(l) ~ l^-alpha, tokens hidden in turn.  Unbiased.
+
+    From the largest view to the smallest, each hides the tokens with the least load so far, where a view adds weight^gamma to the
+    load of what it hides (gamma = 0 balances how often a token is hidden, 1 the sum of its weights).  Then all tokens are
+    relabelled at random, so the rule that picks them cannot bias.  weight 1/(l q(l) views); one replicate.  (ours)
+    """
+    used = _tokens(valid, views)
+    sizes = torch.arange(1, valid.shape[1] + 1, dtype=torch.float64)
+    law = (sizes**-alpha).where(sizes <= used[:, None], 0.0)
+    law = law / law.sum(1, keepdim=True)
+    level = _spread(valid, views, generator)
+    size = 1 + torch.searchsorted(law.cumsum(1), level.T.contiguous(), right=True).T
+    size = torch.minimum(size, used).sort(0, descending=True).values
+    weight = 1 / (size * law.gather(1, size.T - 1).T * views)
+    load, hidden = torch.zeros(valid.shape, dtype=torch.float64).masked_fill(sizes > used[:, None], torch.inf), []
+    for k in range(views):
+        hidden.append(load.argsort(dim=1, stable=True).argsort(1) < size[k][:, None])
+        load = load + hidden[-1] * weight[k][:, None] ** gamma
+    label = _order(valid[None], generator).expand(views, *valid.shape)
+    return Masks(torch.stack(hidden).gather(2, label) & valid, weight, torch.zeros(views, dtype=torch.long))
+
+
+def cycle(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
+    """The cycles of `views` random permutations: every token hidden once in each, weight 1.  Unbiased.  (ours)
+
+    A permutation is a replicate of as many views as it has cycles, 1 + 1/2 + ... + 1/u on average.  The cycle of a token has a
+    length uniform on 1..u and is a uniform set of that length around it.
+    """
+    hidden = _cycles(valid, views, generator)
+    replicate = torch.arange(views).repeat_interleave(hidden.shape[1])
+    return Masks(hidden.flatten(0, 1), hidden.any(-1).flatten(0, 1).double(), replicate)
+
+
+def cyck(valid: Bool[Tensor, "B L"], views: int, *, k: int = 4, generator: torch.Generator) -> Masks:
+    """`cycle` at a fixed cost: the k-1 largest cycles, and all others merged into one view; weight 1.  (ours)
+
+    `views` is a multiple of k; each k views are a replicate.  BIASED unless u <= k: merged tokens see fewer of each other.
+    """
+    if k < 1 or views % k:
+        raise ValueError(f"cyck({k}) makes {k} views at a time: views must be a multiple of k >= 1, not {views}")
+    hidden = _cycles(valid, views // k, generator)
+    largest = hidden.sum(-1).argsort(dim=1, descending=True, stable=True)[:, : k - 1]
+    kept = hidden.gather(1, largest[..., None].expand(*largest.shape, hidden.shape[-1]))
+    rest = valid & ~kept.any(1)
+    hidden = torch.cat([kept, rest[:, None]], 1)
+    replicate = torch.arange(len(hidden)).repeat_interleave(hidden.shape[1])
+    return Masks(hidden.flatten(0, 1), hidden.any(-1).flatten(0, 1).double(), replicate)
+
+
+def one_step(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
+    """Everything hidden at once, weight 1: one forward, no noise.  BIASED: no token sees another.  (d1, arXiv:2504.12216)"""
+    _tokens(valid, views, most=1.0)
+    return Masks(valid[None].clone(), torch.ones(1, len(valid), dtype=torch.float64), torch.zeros(1, dtype=torch.long))
+
+
+def left_to_right(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
+    """The chain rule from left to right: u views, each scores its first hidden token.  Another target: log p in that order.
+
+    No noise, at the cost of u forwards.  (JustGRPO, arXiv:2601.15165)
+    """
+    used = _tokens(valid, views, most=1.0)
+    place = (valid.cumsum(1) - 1).masked_fill(~valid, -1)
+    step = torch.arange(int(used.max()))[:, None, None]
+    hidden = place >= step
+    weight = hidden.any(-1).double()
+    return Masks(hidden, weight, torch.zeros(len(step), dtype=torch.long), place == step)
+
+
+def spg_block(valid: Bool[Tensor, "B L"], views: int, *, block: int = 32, generator: torch.Generator) -> Masks:
+    """A random block of positions: earlier ones visible, later ones hidden and not scored, `count` inside it.
+
+    Weight (blocks) (tokens of the block) / l.  Another target, unbiased for it: the ELBO of decoding block by block; all is `count` if
+    one block holds everything, and `left_to_right` in expectation for blocks of 1.  (SPG, arXiv:2510.09541, block-wise masking)
+    """
+    if block < 1:
+        raise ValueError(f"spg_block needs blocks of at least 1 token, not {block}")
+    used = _tokens(valid, views)
+    place = (valid.cumsum(1) - 1).div(block, rounding_mode="floor").masked_fill(~valid, -1)
+    blocks = (used + block - 1) // block
+    chosen = _floor(_uniform((views, len(valid)), generator) * blocks, blocks - 1)
+    here = place == chosen[..., None]
+    tokens = here.sum(-1)
+    size = 1 + _floor(_uniform((views, len(valid)), generator) * tokens, tokens - 1)
+    scored = here & (_order(here, generator) < size[..., None])
+    return Masks(scored | (place > chosen[..., None]), blocks * tokens / size.double(), torch.arange(views), scored)
+
+
+DESIGNS: dict[str, Callable[..., Masks]] = {
+    "count": count, "systematic": systematic, "coupled": coupled, "nested": nested, "bsc": bsc, "cycle": cycle, "cyck": cyck,
+    "gauss": gauss, "t_iid": t_iid, "t_redraw": t_redraw, "one_step": one_step, "left_to_right": left_to_right, "spg_block": spg_block,
+}  # fmt: skip
 
 
 def _count(valid, used, level, order, replicate) -> Masks:
@@ -102,8 +252,32 @@ def _count(valid, used, level, order, replicate) -> Masks:
     return Masks((order < size[..., None]) & valid, used.double() / (size * views_each), replicate)
 
 
-def _tokens(valid, views) -> Int[Tensor, " B"]:
-    """u of every row; refuses what no design can mask."""
+def _spread(valid, views, generator) -> Float[Tensor, "M B"]:
+    """Levels in [0, 1) at equal distances from one random start a row."""
+    start = _uniform((1, len(valid)), generator)
+    return (start + torch.arange(views, dtype=torch.float64)[:, None] / views) % 1
+
+
+def _cycles(valid, permutations, generator) -> Bool[Tensor, "J C B L"]:
+    """The cycles of random permutations of each row's valid tokens as hidden sets; those of fewer than C end with empty ones.
+
+    A uniform order of the tokens is cut by stick-breaking: a cycle takes U{1..rest} of the tokens that are left.
+    """
+    left = _tokens(valid, permutations).expand(permutations, -1)
+    level, order = _uniform((permutations, *valid.shape), generator), _order(valid.expand(permutations, -1, -1), generator)
+    start, cycles = torch.zeros_like(left), []
+    for i in range(int(left.max())):
+        size = (1 + _floor(level[..., i] * left, left - 1)) * (left > 0)
+        cycles.append((order >= start[..., None]) & (order < (start + size)[..., None]))
+        start, left = start + size, left - size
+    hidden = torch.stack(cycles, 1) & valid
+    return hidden[:, : int(hidden.any(-1).sum(1).max())]
+
+
+def _tokens(valid, views, most: float = torch.inf) -> Int[Tensor, " B"]:
+    """u of every row; refuses what no design can mask, and more views than one of a design without randomness."""
+    if views > most:
+        raise ValueError(f"this design draws nothing at random, so more views are the same: views must be {most:.0f}, not {views}")
     if views < 1:
         raise ValueError(f"a design needs at least 1 view, not {views}")
     used = valid.sum(-1)
@@ -117,10 +291,9 @@ def _floor(value: Tensor, most: Tensor) -> Tensor:
     return torch.minimum(value.floor().long(), most)
 
 
-def _order(valid, views, generator) -> Int[Tensor, "M B L"]:
-    """A uniform random order of each row's valid tokens, one a view: ranks 0..u-1; other positions come after."""
-    key = _uniform((views, *valid.shape), generator).masked_fill(~valid, 2.0)
-    return key.argsort(-1).argsort(-1)
+def _order(valid: Bool[Tensor, "M B L"], generator) -> Int[Tensor, "M B L"]:
+    """A uniform random order of the valid tokens of each view: ranks 0..u-1; other positions come after."""
+    return _uniform(valid.shape, generator).masked_fill(~valid, 2.0).argsort(-1).argsort(-1)
 
 
 def _uniform(shape, generator) -> Float[Tensor, "..."]:

@@ -18,7 +18,8 @@ from rspo_lab.config import TrainConfig
 from rspo_lab.diagnostics import variance_se
 from rspo_lab.estimators import log_ratio_draws
 from rspo_lab.keys import generator
-from rspo_lab.masks import DESIGNS, Masks
+from rspo_lab.masks import Masks
+from rspo_lab.masks import design as design_named
 from rspo_lab.model import load, reference_of
 from rspo_lab.oracle import count_moments, exact_scores, subset_tables, table_elbo
 from rspo_lab.training import held_still
@@ -40,8 +41,8 @@ def score_rows(
     rows = []
     for design in designs:
         for k in views:
-            masks = DESIGNS[design](repeated, k, generator=generator(seed, design, k))
-            other = DESIGNS[design](repeated, k, generator=generator(seed, design, k, "independent"))
+            masks = design_named(design)(repeated, k, generator=generator(seed, design, k))
+            other = design_named(design)(repeated, k, generator=generator(seed, design, k, "independent"))
             s, r = table_estimates(ours, batch.valid, masks), table_estimates(theirs, batch.valid, masks)
             samples = {"score": (s, score), "d_shared": (s - r, score - base)}
             samples["d_independent"] = (s - table_estimates(theirs, batch.valid, other), score - base)
@@ -65,7 +66,11 @@ def table_estimates(tables: list[Tensor], valid: Bool[Tensor, "B L"], masks: Mas
         here = slice(row * redraws, (row + 1) * redraws)
         bits = masks.hidden[:, here, valid[row].cpu()].long()
         code = (bits << torch.arange(bits.shape[-1])).sum(-1)
-        columns.append((masks.weight[:, here] * table.sum(1).cpu()[code]).sum(0) / masks.replicates)
+        if masks.scored is None:
+            value = table.sum(1).cpu()[code]
+        else:
+            value = (table.cpu()[code] * masks.scored[:, here, valid[row].cpu()]).sum(-1)
+        columns.append((masks.weight[:, here] * value).sum(0) / masks.replicates)
     return torch.stack(columns, 1)
 
 
@@ -86,7 +91,7 @@ def gradient_rows(
         for k in views:
             gradients, cost = [], 0.0
             for redraw in range(redraws):
-                masks = DESIGNS[design](distinct.valid.cpu(), k, generator=generator(seed, design, k, redraw, "gradient"))
+                masks = design_named(design)(distinct.valid.cpu(), k, generator=generator(seed, design, k, redraw, "gradient"))
                 d = log_ratio_draws(policy, reference, distinct, masks)[:, which]
                 loss = objectives.rspo(d, advantage.to(d), lam=lam).value
                 gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).double())
@@ -137,7 +142,7 @@ def gap_samples(policy: Callable, reference: Callable, batch: Batch, *, design: 
     elbo_gap_reference: log p - ELBO of either model.
     """
     distinct, which = batch.distinct()  # scored once, as in training
-    masks = DESIGNS[design](distinct.valid.cpu(), views, generator=generator(seed, "gap"))
+    masks = design_named(design)(distinct.valid.cpu(), views, generator=generator(seed, "gap"))
     d = log_ratio_draws(policy, reference, distinct, masks).mean(0)[which]
     (elbo, logp), (base_elbo, base_logp) = exact_scores(policy, batch), exact_scores(reference, batch)
     columns = {

@@ -19,11 +19,11 @@ from rspo_lab.batch import Batch
 from rspo_lab.checkpoints import append, keep_steps, read, resume, save, save_snapshot
 from rspo_lab.config import TrainConfig
 from rspo_lab.diagnostics import gap_summary
-from rspo_lab.estimators import elbo_draws, elbo_slices
+from rspo_lab.estimators import elbo_draws, elbo_slices, two_level_baseline
 from rspo_lab.evaluation import complete, rewards, solve_rate
 from rspo_lab.files import write_json
 from rspo_lab.keys import generator
-from rspo_lab.masks import DESIGNS
+from rspo_lab.masks import design as design_named
 from rspo_lab.model import DiffusionLM, add_lora, load, reference_of
 from rspo_lab.tasks import task as task_named
 
@@ -89,7 +89,8 @@ def train(
             chosen = torch.randperm(len(problems), generator=generator(config.seed, step, "problems"))[: config.prompts]
             rollouts = roll_out(config, policy, [problems[i] for i in chosen], generator(config.seed, step, "rollout"))
             rolled = time.perf_counter()
-            updates = [_update(config, policy, reference, optimizer, parameters, rollouts, step, i) for i in range(config.inner_steps)]
+            scored = _baselines(config, policy, reference, rollouts.batch, step)
+            updates = [_update(config, policy, optimizer, parameters, rollouts, step, *one) for one in scored]
             on_policy, d = updates[0]
             record = {"step": step} | rollouts.record | on_policy
             timing = {"step": step, "rollout_s": rolled - began, "update_s": time.perf_counter() - rolled, "peak_gib": _peak_gib(device)}
@@ -158,7 +159,8 @@ def starting_point(config: TrainConfig) -> dict[str, float]:
     """The largest |d| over a few sequences before training: exactly 0 on shared masks, mask noise on independent ones."""
     policy, reference = _policies(config)
     batch = held_still(config, policy, prompts=2, group=4, seed=config.seed).batch
-    mine, theirs = (DESIGNS[config.design](batch.valid.cpu(), config.views, generator=generator(config.seed, "start", i)) for i in (0, 1))
+    design, valid = design_named(config.design), batch.valid.cpu()
+    mine, theirs = (design(valid, config.views, generator=generator(config.seed, "start", i)) for i in (0, 1))
     with torch.no_grad():
         score, same, other = (elbo_draws(m, batch, k) for m, k in ((policy, mine), (reference, mine), (reference, theirs)))
     return {"largest |d|, shared masks": (score - same).abs().max().item(), "independent masks": (score - other).abs().max().item()}
@@ -171,16 +173,31 @@ def held_still(config: TrainConfig, policy: DiffusionLM, *, prompts: int, group:
     return roll_out(config, policy, problems, generator(seed, "held still"))
 
 
-def _update(config, policy, reference, optimizer, parameters, rollouts, step, inner):
+def _baselines(config, policy, reference, batch, step) -> list[tuple]:
+    """For every update on one rollout: its masks and the scores that d is measured from, of the distinct completions."""
+    if len(batch) == 0:
+        return [(None, None)] * config.inner_steps
+    distinct, _ = batch.distinct()  # equal completions are scored once, on masks that they share
+
+    def drawn(views, *key):
+        return design_named(config.design)(distinct.valid.cpu(), views, generator=generator(config.seed, step, *key, "masks"))
+
+    updates = [drawn(config.views, inner) for inner in range(config.inner_steps)]
+    if config.old_views:
+        many = drawn(config.old_views, "old")
+        return [(m, two_level_baseline(policy, reference, distinct, m, many, slice_size=config.slice_size)) for m in updates]
+    with torch.no_grad():
+        return [(m, elbo_draws(reference, distinct, m, slice_size=config.slice_size)) for m in updates]
+
+
+def _update(config, policy, optimizer, parameters, rollouts, step, masks, baseline):
     """One optimizer step; (what to log, d per sequence).  A batch with no row left (all skipped) changes nothing."""
     batch = rollouts.batch
     if len(batch) == 0:
         return {"loss": 0.0, "gradient_norm": 0.0, "lr": 0.0, "forward_passes": 0.0}, torch.zeros(0)
     unit = 1 / batch.valid.sum(1) if config.score_unit == "token" else torch.ones(len(batch), device=batch.completion.device)
-    distinct, which = batch.distinct()  # equal completions are scored once, on masks that they share
-    masks = DESIGNS[config.design](distinct.valid.cpu(), config.views, generator=generator(config.seed, step, inner, "masks"))
-    with torch.no_grad():
-        baseline = elbo_draws(reference, distinct, masks, slice_size=config.slice_size)[:, which] * unit
+    distinct, which = batch.distinct()
+    baseline = baseline[:, which] * unit
     weight = rollouts.advantage.to(baseline)
     for group in optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, step / config.warmup if config.warmup else 1.0) * _cosine(step / config.steps)

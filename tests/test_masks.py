@@ -1,7 +1,7 @@
 """Every design against the inclusion identity: the total weight that each hidden set S gets is 1 / (l C(u, l)).
 
-Exact: a design reads its generator only through torch.rand, so replacing that by a grid of levels and by every order of the
-tokens runs the design's own code over its whole support.
+Exact: a design reads its generator only through `_uniform`, so feeding that every token order and every cell of its levels
+runs the design's own code over its whole support.
 """
 
 import itertools
@@ -12,45 +12,175 @@ import pytest
 import torch
 
 from rspo_lab import masks as masks_module
-from rspo_lab.masks import DESIGNS, count, coupled, systematic, t_redraw
+from rspo_lab.masks import DESIGNS, count, coupled, cyck, cycle, design, gauss, left_to_right, one_step, spg_block, systematic, t_redraw
 
 U = 4
 SUBSETS = [s for n in range(1, U + 1) for s in itertools.combinations(range(U), n)]
-ORDERS = torch.tensor(list(itertools.permutations(range(U))))
+ORDERS = torch.tensor(list(itertools.permutations(range(U)))).double() / U
+UNBIASED = ("count", "systematic", "coupled", "nested", "bsc", "bsc(0, 0)", "bsc(1, 1)", "cycle")
+ONCE = ("one_step", "left_to_right")
 
 
-def support(design, views, monkeypatch, cells):
-    """{S: expected weight of S} summed over level cells (midpoints) and all token orders of one view at a time.
+def grid(*cells: int) -> list[tuple[tuple, float]]:
+    """Midpoints of equal cells of several levels, with their probability."""
+    middles = [[(i + 0.5) / n for i in range(n)] for n in cells]
+    return [(levels, 1 / math.prod(cells)) for levels in itertools.product(*middles)]
 
-    Views differ only in level, and each view's order is uniform by itself, so by linearity one order serves all views.
+
+def support(name, views, levels, monkeypatch, valid=None):
+    """{(hidden, scored): expected weight a replicate} over all token orders and the given (levels, probability).
+
+    The first draw of a design is its levels (one a row, or as many as it asks for in its last place), the last its order.
+    A view's order is uniform by itself, so by linearity one order serves all views.
     """
-    draws = []
-    for cell in range(cells):
-        draws += [((cell + 0.5) / cells, order) for order in ORDERS]
-    level = torch.tensor([d[0] for d in draws], dtype=torch.float64)
-    order = torch.stack([d[1] for d in draws]).double() / U
+    rows = [(level, prob / len(ORDERS), order) for level, prob in levels for order in ORDERS]
+    level = torch.tensor([r[0] for r in rows], dtype=torch.float64)
+    order = torch.stack([r[2] for r in rows])
+    asked = []
 
     def uniform(shape, generator):
-        return level.expand(shape) if len(shape) == 2 else order.expand(shape)
+        asked.append(shape)
+        if len(shape) == 2:
+            return level[:, len(asked) - 1].expand(shape)
+        if level.shape[1] > 1 and len(asked) == 1:
+            return torch.nn.functional.pad(level, (0, U - level.shape[1])).expand(shape)
+        return order.expand(shape)
 
     monkeypatch.setattr(masks_module, "_uniform", uniform)
-    masks = design(torch.ones(len(draws), U, dtype=torch.bool), views, generator=torch.Generator())
+    masks = design(name)(torch.ones(len(rows), U, dtype=torch.bool), views, generator=torch.Generator())
     total = defaultdict(float)
     for view in range(len(masks.hidden)):
-        for row in range(len(draws)):
-            chosen = tuple(masks.hidden[view, row].nonzero()[:, 0].tolist())
-            total[chosen] += masks.weight[view, row].item() / len(draws) / masks.replicates
+        for row in range(len(rows)):
+            key = tuple(tuple(m[view, row].nonzero()[:, 0].tolist()) for m in (masks.hidden, masks.counted))
+            total[key] += masks.weight[view, row].item() * rows[row][1] / masks.replicates
     return total
 
 
+def bsc_levels(alpha: float, views: int) -> list[tuple[tuple, float]]:
+    """Midpoints and widths of the cells of the start within which no view of bsc changes its count."""
+    edges = torch.arange(1, U + 1, dtype=torch.float64).pow(-alpha).cumsum(0)
+    edges = (edges / edges[-1])[:-1]
+    cuts = sorted({0.0, 1.0} | {(e.item() - k / views) % 1 for e in edges for k in range(views)} | {k / views for k in range(views)})
+    return [(((a + b) / 2,), b - a) for a, b in itertools.pairwise(cuts)]
+
+
 @pytest.mark.parametrize(
-    "design, views, cells", [(count, 1, U), (count, 3, U), (systematic, 3, 3 * U), (systematic, 4, U), (coupled, 2, U + 1)]
-)
-def test_unbiased_over_the_exact_support(design, views, cells, monkeypatch):
-    """With levels on a grid that every count boundary falls on, the sum over cells is the exact expectation."""
-    total = support(design, views, monkeypatch, cells)
+    "name, views, levels",
+    [
+        ("count", 1, grid(U)), ("count", 3, grid(U)), ("systematic", 3, grid(3 * U)), ("systematic", 4, grid(U)),
+        ("coupled", 2, grid(U + 1)), ("nested", 3, grid(3 * U)), ("cycle", 1, grid(4, 6, 2)), ("cyck(4)", 4, grid(4, 6, 2)),
+        ("cyck(6)", 6, grid(4, 6, 2)), ("spg_block(4)", 1, grid(1, U)),
+        *((f"bsc({a}, {c})", k, bsc_levels(a, k)) for a, c in ((0, 0), (0.5, 0.5), (1, 1), (2, 0.5)) for k in (1, 3, 4)),
+    ],
+)  # fmt: skip
+def test_unbiased_over_the_exact_support(name, views, levels, monkeypatch):
+    """Levels stand for cells within which no count changes, so the sum over them is the exact expectation."""
+    total = support(name, views, levels, monkeypatch)
     for s in SUBSETS:
-        assert total[s] == pytest.approx(1 / (len(s) * math.comb(U, len(s))), abs=1e-12)
+        assert total[s, s] == pytest.approx(1 / (len(s) * math.comb(U, len(s))), abs=1e-12)
+
+
+def test_cycles_follow_the_law_of_random_permutations(monkeypatch):
+    """Against all 24 permutations, decomposed into cycles here: how often each set is a cycle, and the number of forwards."""
+    expected = defaultdict(float)
+    for permutation in itertools.permutations(range(U)):
+        left = set(range(U))
+        while left:
+            here = {next(iter(left))}
+            while (after := {permutation[i] for i in here} | here) != here:
+                here = after
+            left -= here
+            expected[tuple(sorted(here))] += 1 / 24
+    total = support("cycle", 1, grid(4, 6, 2), monkeypatch)
+    for s in SUBSETS:
+        assert total[s, s] == pytest.approx(expected[s], abs=1e-12)
+    assert sum(expected.values()) == pytest.approx(1 + 1 / 2 + 1 / 3 + 1 / 4)
+
+
+def test_cyck_is_biased_by_exactly_the_merged_cycles(monkeypatch):
+    """Of 4 tokens only the identity has more than 3 cycles: cyck(3) then merges two single ones (probability 1/24)."""
+    total = support("cyck(3)", 3, grid(4, 6, 2), monkeypatch)
+    by_size = [sum(total[s, s] for s in SUBSETS if len(s) == n) for n in range(1, U + 1)]
+    assert by_size == pytest.approx([1 - 2 / 24, 1 / 2 + 1 / 24, 1 / 3, 1 / 4], abs=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_spg_block_is_unbiased_for_the_block_by_block_elbo(block, monkeypatch):
+    """Inside a block the identity of `count`, with all later tokens hidden and not scored and all earlier ones visible."""
+    blocks = [range(i, min(i + block, U)) for i in range(0, U, block)]
+    total = support(f"spg_block({block})", 1, grid(len(blocks), 6), monkeypatch)
+    for tokens in blocks:
+        later = tuple(range(tokens.stop, U))
+        for n in range(1, len(tokens) + 1):
+            for s in itertools.combinations(tokens, n):
+                assert total.pop((s + later, s)) == pytest.approx(1 / (n * math.comb(len(tokens), n)), abs=1e-12)
+    assert not any(total.values())
+
+
+@pytest.mark.parametrize("views, exact", [(1, False), (2, True), (3, True)])
+def test_gauss_is_exact_from_half_as_many_views_as_tokens(views, exact):
+    """A set of l of the 4 tokens has probability t^l (1-t)^(4-l) at a node t; the weighted sum is the identity's value."""
+    masks = gauss(torch.ones(5_000, U, dtype=torch.bool), views, generator=torch.Generator().manual_seed(0))
+    weight = masks.weight.max(1).values
+    rule, node = torch.zeros(views, dtype=torch.float64), torch.zeros(views, dtype=torch.float64)
+    for k in range(views):  # the node, from how often a token is hidden; the nearest Legendre root makes it exact
+        seen = masks.hidden[k].double().mean()
+        roots = {1: [0.5], 2: [0.5 - 12**-0.5, 0.5 + 12**-0.5], 3: [0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5]}[views]
+        node[k] = min(roots, key=lambda root: abs(root - seen))
+        assert abs(node[k] - seen) < 0.02
+        rule[k] = weight[k] * node[k]
+    found = [(rule / node * node**n * (1 - node) ** (U - n)).sum().item() for n in range(1, U + 1)]
+    right = [1 / (n * math.comb(U, n)) for n in range(1, U + 1)]
+    assert (found == pytest.approx(right, abs=1e-10)) is exact
+
+
+def test_one_step_and_left_to_right_hide_what_they_say():
+    valid = torch.tensor([[True, False, True, True], [True, False, False, False]])
+    whole = one_step(valid, 1, generator=torch.Generator())
+    assert torch.equal(whole.hidden, valid[None]) and (whole.weight == 1).all()
+    chain = left_to_right(valid, 1, generator=torch.Generator())
+    assert chain.hidden[:, 0].int().tolist() == [[1, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
+    assert chain.scored[:, 0].int().tolist() == [[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert chain.weight.T.tolist() == [[1, 1, 1], [1, 0, 0]] and chain.forward_passes == 2
+
+
+def test_t_iid_has_the_law_of_the_continuous_time_form():
+    """Sizes are uniform on 0..u and E[1/t | l] = (u+1)/l, which together are the identity; larger sets within 5 errors."""
+    masks = DESIGNS["t_iid"](torch.ones(200_000, U, dtype=torch.bool), 1, generator=torch.Generator().manual_seed(0))
+    size = masks.hidden[0].sum(-1)
+    assert (torch.bincount(size).double() / 200_000 - 1 / (U + 1)).abs().max() < 5 * (0.16 / 200_000) ** 0.5
+    for n in range(2, U + 1):
+        drawn = masks.weight[0][size == n]
+        assert abs(drawn.mean().item() - (U + 1) / n) < 5 * drawn.std().item() / len(drawn) ** 0.5
+
+
+@pytest.mark.parametrize("name", [*UNBIASED, "cyck", "spg_block"])
+def test_drawn_weights_meet_the_identity_on_rows_of_any_length(name):
+    """Row by row, by size: the mean total weight of sets of l tokens is 1/l, for rows of 1, 3 and 6 tokens (5 errors)."""
+    rows = 20_000
+    for used in (1, 3, 6):
+        valid = torch.zeros(rows, 7, dtype=torch.bool)
+        valid[:, torch.tensor([5, 0, 2, 6, 1, 3])[:used]] = True
+        masks = design(name)(valid, 8, generator=torch.Generator().manual_seed(used))
+        size = masks.hidden.sum(-1)
+        assert not (masks.hidden & ~valid).any()
+        for n in range(1, used + 1):
+            weight = ((size == n) * masks.weight).sum(0) / masks.replicates
+            error = weight.std().item() / rows**0.5
+            if name == "cyck" and used > 4:
+                continue  # biased there
+            assert abs(weight.mean().item() - 1 / n) < 5 * error + 1e-12
+
+
+def test_balanced_designs_have_no_noise_where_each_token_has_its_own_effect():
+    """If a token's log-prob is the same in every view, a permutation's cycles sum it exactly, and bsc beats count."""
+    rows, own = 2_000, torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    variance = {}
+    for name in ("count", "bsc", "bsc(1, 1)", "cycle", "cyck"):
+        masks = design(name)(torch.ones(rows, 8, dtype=torch.bool), 4, generator=torch.Generator().manual_seed(1))
+        variance[name] = (((masks.hidden * own).sum(-1) * masks.weight).sum(0) / masks.replicates).var().item()
+    assert variance["cycle"] < 1e-20 and variance["cyck"] < 1e-20
+    assert variance["bsc"] < variance["count"] / 2 and variance["bsc(1, 1)"] < variance["count"] / 2
 
 
 def test_t_redraw_is_biased_by_exactly_one_over_u():
@@ -67,7 +197,7 @@ def test_t_redraw_is_biased_by_exactly_one_over_u():
         assert abs(drawn.mean().item() - (U + 1) / n) < 5 * drawn.std().item() / len(drawn) ** 0.5
 
 
-@pytest.mark.parametrize("name", DESIGNS)
+@pytest.mark.parametrize("name", ["count", "systematic", "coupled", "nested", "t_redraw"])
 def test_draws_follow_the_law_of_each_set(name):
     """Row by row: sizes are uniform and, given the size, every subset is equally likely (chi-square, 99.99 %)."""
     rows = 40_000
@@ -90,8 +220,9 @@ def test_draws_follow_the_law_of_each_set(name):
 def test_only_valid_tokens_are_hidden_and_the_global_generator_is_untouched(name):
     valid = torch.tensor([[True, True, False, True, False, False], [True] * 6, [False, True, False, False, False, False]])
     before = torch.random.get_rng_state()
-    masks = DESIGNS[name](valid, 4, generator=torch.Generator().manual_seed(0))
-    again = DESIGNS[name](valid, 4, generator=torch.Generator().manual_seed(0))
+    views = 1 if name in ONCE else 4
+    masks = DESIGNS[name](valid, views, generator=torch.Generator().manual_seed(0))
+    again = DESIGNS[name](valid, views, generator=torch.Generator().manual_seed(0))
     assert torch.equal(before, torch.random.get_rng_state())
     assert not (masks.hidden & ~valid).any()
     assert torch.equal(masks.hidden, again.hidden) and torch.equal(masks.weight, again.weight)
@@ -135,3 +266,21 @@ def test_bad_input_is_refused():
         count(valid, 0, generator=torch.Generator())
     with pytest.raises(ValueError, match="row 1 has no valid token"):
         count(torch.tensor([[True], [False]]), 1, generator=torch.Generator())
+    with pytest.raises(ValueError, match="multiple of k"):
+        cyck(valid, 6, generator=torch.Generator())
+    with pytest.raises(ValueError, match="at least 1 token"):
+        spg_block(valid, 1, block=0, generator=torch.Generator())
+    for name in ONCE:
+        with pytest.raises(ValueError, match="views must be 1"):
+            DESIGNS[name](valid, 2, generator=torch.Generator())
+    wrong = {"cout": "one of", "bsc(1)": "2 numbers", "bsc(a, b)": "2 num", "cyck(0.5)": "1 num", "count(3)": "none", "bsc(1,": "one of"}
+    for name, match in wrong.items():
+        with pytest.raises(ValueError, match=match):
+            design(name)
+
+
+def test_a_design_with_parameters_is_the_function_with_them():
+    valid = torch.ones(3, 6, dtype=torch.bool)
+    named = design("cyck(2)")(valid, 4, generator=torch.Generator().manual_seed(0))
+    plain = cyck(valid, 4, k=2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(named.hidden, plain.hidden) and design("cycle") is cycle

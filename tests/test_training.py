@@ -175,11 +175,19 @@ def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_p
 @pytest.mark.parametrize("changes", [
     dict(lam=0.0), dict(objective="reinforce_elbo"), dict(use_reference=False), dict(scope="none"), dict(scope="group"),
     dict(residual="leave_one_out"), dict(score_unit="token"), dict(zero_variance="skip"), dict(inner_steps=2), dict(design="coupled"),
+    dict(design="bsc(1, 0.5)", inner_steps=2, old_views=4),
     dict(lora="all-linear", lora_rank=2), dict(advantage="leave_one_out"), dict(decode_steps=4, block=4), dict(threshold=0.1),
 ])  # fmt: skip
 def test_every_option_trains(base, tmp_path, changes):
     history = train(config(base, steps=2, **changes), Folder(tmp_path / "run"))
     assert len(history) == 3 and all(history[2][k] is not None for k in ("loss", "reward", "lr"))
+
+
+def test_two_level_d_before_the_first_update_is_that_of_the_many_masks(base, tmp_path):
+    """At step 1 policy, rollout policy and reference are one, so d is 0; at step 2 every replicate of d is the same number."""
+    records = train(config(base, steps=2, old_views=16, views=4), Folder(tmp_path))
+    assert records[1]["d_sd"] == 0 and records[2]["d_sd"] > 0
+    assert records[2]["mask_sd"] < 1e-5 < records[2]["d_sd"]
 
 
 def test_lora_snapshots_load_as_what_was_trained(base, tmp_path):
