@@ -5,24 +5,28 @@ Shapes: R replicates, B sequences.  Log-ratios in nats, in the unit that `lam` w
 
 import math
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from rspo_lab.objectives import centre
 
-def gap_summary(d: Float[Tensor, "R B"], advantage: Float[Tensor, " B"], lam: float) -> dict[str, float | None]:
+
+def gap_summary(
+    d: Float[Tensor, "R B"], advantage: Float[Tensor, " B"], lam: float, scope: Int[Tensor, " B"] | str = "batch"
+) -> dict[str, float | None]:  # fmt: skip
     """One training step's estimate against its target; None where a quantity is not defined (lam = 0, R = 1, no spread).
 
     d_mean: mean estimate of log pi/pi_ref.  For completions drawn in random order its exact counterpart would be a KL
         divergence, hence >= 0; confidence-ordered rollouts give no such bound, but a mean that falls steadily below 0
         says that the ELBO's gap to the likelihood grows (notebook 04 measures it).
-    target_rms, gap_*: A/lam, and A/lam - d_hat with d_hat the estimate centred over the batch.
+    target_rms, gap_*: A/lam, and A/lam - d_hat with d_hat the estimate centred over `scope`, as in the objective.
     target_correlation: of A/lam with d_hat.   calibration_ratio: lam sd(d_hat) / sd(A); far below 1, lam does nothing.
     mask_sd: standard deviation of one replicate of d around its sequence's mean.
     reliability: share of the variance of the estimate that is not mask noise, 1 - mask_sd^2/R / Var(d_hat).
     """
     d, advantage = d.double(), advantage.double()
     estimate = d.mean(0)
-    d_hat = estimate - estimate.mean()
+    d_hat = estimate - centre(estimate[None], scope)[0]
     spread = estimate.std(correction=1).item()
     record = {
         "d_mean": estimate.mean().item(),

@@ -106,6 +106,47 @@ def gradient_rows(
     return _tidy(rows)
 
 
+def anova_rows(policy: Callable, reference: Callable, batch: Batch) -> pd.DataFrame:
+    """Where the variance of one `count` view comes from: exact shares, mean over sequences, of the score's and of d's.
+
+    share_count: between the numbers l of hidden tokens; share_token: linear in which tokens are hidden at that number;
+    share_interaction: the rest, which no balancing of counts and tokens can remove.
+    """
+    with torch.no_grad():
+        ours, theirs = subset_tables(policy, batch), subset_tables(reference, batch)
+    rows = []
+    for name, tables in (("score", ours), ("d", [a - b for a, b in zip(ours, theirs)])):
+        shares = torch.stack([table_anova(table) for table in tables])
+        shares = (shares / shares.sum(1, keepdim=True))[shares.sum(1) > 0]
+        if len(shares) < 2:
+            continue  # d of a policy that is still its reference
+        error = shares.std(0) / len(shares) ** 0.5
+        for part, value, stderr in zip(("count", "token", "interaction"), shares.mean(0), error):
+            rows.append(("count", 1, 1.0, f"share_{part}_{name}", value, stderr))
+    return _tidy(rows)
+
+
+def table_anova(table: Float[Tensor, "S u"]) -> Float[Tensor, "3"]:
+    """(between counts, linear in the tokens, interactions): the variance of one `count` view of a `subset_table`, nats^2.
+
+    At l of u hidden tokens the indicators have covariance l/u (1 - l/u) u/(u-1) (I - 11'/u), so the linear part of a variable
+    whose covariances with them are v explains |v|^2 (u-1) / (u l/u (1 - l/u)).
+    """
+    subsets, tokens = table.shape
+    inside = (torch.arange(subsets)[:, None] >> torch.arange(tokens) & 1).double().to(table.device)
+    size = inside.sum(1)
+    view, means, linear, within = table.sum(1) * tokens / size.clamp(min=1), [], [], []
+    for n in range(1, tokens + 1):
+        x, hidden, p = view[size == n], inside[size == n], n / tokens
+        centred = x - x.mean()
+        covariance = (centred[:, None] * (hidden - p)).mean(0)
+        means.append(x.mean())
+        within.append(centred.square().mean())
+        linear.append(covariance.square().sum() * (tokens - 1) / (tokens * p * (1 - p)) if n < tokens else x.new_zeros(()))
+    linear, within = torch.stack(linear).mean(), torch.stack(within).mean()
+    return torch.stack([torch.stack(means).var(correction=0), linear, within - linear])
+
+
 def count_check(policy: Callable, batch: Batch, *, redraws: int, seed: int) -> dict[str, float]:
     """Variance of one `count` view, mean over sequences, nats^2: summed over all masks, and measured from redraws."""
     with torch.no_grad():
@@ -114,9 +155,9 @@ def count_check(policy: Callable, batch: Batch, *, redraws: int, seed: int) -> d
     return {"exact": exact, "measured": rows.loc["var_score", "value"], "stderr": rows.loc["var_score", "stderr"]}
 
 
-def tidy(scores: pd.DataFrame, gradients: pd.DataFrame, *, task: str, policy: str) -> pd.DataFrame:
+def tidy(*frames: pd.DataFrame, task: str, policy: str) -> pd.DataFrame:
     """All rows of a study, with what they were measured on in front."""
-    frame = pd.concat([scores, gradients], ignore_index=True)
+    frame = pd.concat(frames, ignore_index=True)
     frame.insert(0, "task", task)
     frame.insert(1, "policy", policy)
     return frame

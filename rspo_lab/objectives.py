@@ -48,8 +48,8 @@ def rspo(
         estimate = d.mean(0).expand_as(d)
     else:
         raise ValueError(f"residual must be 'shared' or 'leave_one_out', not {residual!r}")
-    weight = (advantage - lam * (estimate - _centre(estimate, scope))).detach()
-    d_hat = d - _centre(d, scope).detach()
+    weight = (advantage - lam * (estimate - centre(estimate, scope))).detach()
+    d_hat = d - centre(d, scope).detach()
     told = advantage != 0
     flipped = ((weight.mean(0) * advantage < 0).sum() / told.sum().clamp(min=1)).item()
     return Loss(-(weight * d_hat).mean(), {"weight_rms": weight.mean(0).square().mean().sqrt().item(), "sign_flips": flipped})
@@ -60,7 +60,7 @@ def reinforce_elbo(score: Float[Tensor, "R B"], advantage: Float[Tensor, " B"]) 
     return Loss(-(advantage * score).mean(), {"weight_rms": advantage.square().mean().sqrt().item(), "sign_flips": 0.0})
 
 
-def _centre(d: Float[Tensor, "R B"], scope) -> Float[Tensor, "R B"]:
+def centre(d: Float[Tensor, "R B"], scope) -> Float[Tensor, "R B"]:
     """The mean of d over the rows of its scope, for every row."""
     if isinstance(scope, str):
         if scope not in ("batch", "none"):

@@ -82,7 +82,7 @@ def variance_figure(results: pd.DataFrame) -> Figure:
         for axis, (quantity, title) in zip(axes.flat, panels.items()):
             part = results[results["quantity"] == quantity]
             for design, rows in part.groupby("design", sort=False):
-                colour, marker = DESIGN_STYLE[design]
+                colour, marker = DESIGN_STYLE[design.split("(")[0]]
                 axis.errorbar(rows["cost"], rows["value"], 1.96 * rows["stderr"], color=colour, marker=marker, label=design, capsize=1.5)
             count = part[(part["design"] == "count") & (part["views"] == part["views"].min())]
             if len(count):
@@ -94,7 +94,7 @@ def variance_figure(results: pd.DataFrame) -> Figure:
             axis.minorticks_off()
         for axis in axes[1]:
             axis.set_xlabel("forward passes a sequence")
-        axes[0, 0].legend()
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 
 
@@ -106,15 +106,15 @@ def bias_figure(results: pd.DataFrame) -> Figure:
             part = results[results["quantity"] == quantity]
             designs = list(part["design"].unique())
             for i, (design, rows) in enumerate(part.groupby("design", sort=False)):
-                colour, marker = DESIGN_STYLE[design]
-                place = np.arange(len(rows)) + (i - (len(designs) - 1) / 2) * 0.15
+                colour, marker = DESIGN_STYLE[design.split("(")[0]]
+                place = np.arange(len(rows)) + (i - (len(designs) - 1) / 2) * 0.7 / len(designs)
                 axis.errorbar(
                     place, rows["value"], 1.96 * rows["stderr"], color=colour, marker=marker, linestyle="", label=design, capsize=1.5
                 )
                 axis.set_xticks(range(len(rows)), [str(v) for v in rows["views"]])
             axis.axhline(0, color=INK, linewidth=0.7)
             axis.set(title=f"Bias of {'the score' if quantity == 'bias_score' else 'd'}, nats", xlabel="views")
-        axes[0].legend()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 
 

@@ -17,6 +17,15 @@ DESIGN_STYLE = {  # colour and marker, so that a figure also reads in grey
     "systematic": (OKABE_ITO["green"], "s"),
     "coupled": (OKABE_ITO["orange"], "^"),
     "t_redraw": (OKABE_ITO["vermillion"], "D"),
+    "t_iid": (OKABE_ITO["vermillion"], "d"),
+    "bsc": (OKABE_ITO["purple"], "P"),
+    "cycle": (OKABE_ITO["sky"], "X"),
+    "cyck": (OKABE_ITO["sky"], "x"),
+    "nested": (INK, "v"),
+    "gauss": (INK, "p"),
+    "one_step": (INK, "<"),
+    "left_to_right": (INK, ">"),
+    "spg_block": (INK, "h"),
 }
 POLICY, TARGET, REFERENCE = OKABE_ITO["blue"], OKABE_ITO["vermillion"], INK
 

@@ -30,9 +30,7 @@ from rspo_lab.tasks import task as task_named
 
 def rspo(config, score, reference, advantage):
     d = score - reference if config.use_reference else score
-    rows = torch.arange(d.shape[1], device=d.device)
-    scope = rows // config.group if config.scope == "group" else config.scope
-    return objectives.rspo(d, advantage, lam=config.lam, scope=scope, residual=config.residual)
+    return objectives.rspo(d, advantage, lam=config.lam, scope=_scope(config, d), residual=config.residual)
 
 
 def reinforce_elbo(config, score, reference, advantage):
@@ -213,13 +211,14 @@ def _update(config, policy, optimizer, parameters, rollouts, step, masks, baseli
         )
     optimizer.step()
     d = score[:, which] * unit - baseline
-    record = {
-        "loss": loss.value.item(),
-        "gradient_norm": norm,
-        "lr": optimizer.param_groups[0]["lr"],
-        "forward_passes": masks.forward_passes * len(distinct) / len(batch),
-    }
-    return record | loss.log | gap_summary(d, weight, config.lam if config.objective == "rspo" else 0.0), d.mean(0)
+    record = {"loss": loss.value.item(), "gradient_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+    record["forward_passes"] = masks.forward_passes * len(distinct) / len(batch)
+    lam = config.lam if config.objective == "rspo" else 0.0
+    return record | loss.log | gap_summary(d, weight, lam, _scope(config, d)), d.mean(0)
+
+
+def _scope(config, d):
+    return torch.arange(d.shape[1], device=d.device) // config.group if config.scope == "group" else config.scope
 
 
 def accumulate_gradient(policy: DiffusionLM, batch: Batch, masks, loss_of, slice_size: int):

@@ -28,6 +28,15 @@ def test_gap_summary_by_hand():
     assert record["gap_q95"] == pytest.approx(np.quantile(gap, 0.95))
 
 
+def test_gap_summary_centres_as_the_objective_does():
+    """Groups that differ in d only: centred group by group nothing is left of it, and uncentred all is."""
+    d, advantage = torch.tensor([[1.0, 1.0, 3.0, 3.0]], dtype=torch.float64), torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    by_group = gap_summary(d, advantage, 0.5, torch.tensor([0, 0, 1, 1]))
+    assert by_group["gap_rms"] == pytest.approx(2.0) and by_group["target_correlation"] is None
+    assert gap_summary(d, advantage, 0.5, "none")["gap_mean"] == pytest.approx(-2.0)
+    assert gap_summary(d, advantage, 0.5)["gap_mean"] == pytest.approx(0.0)
+
+
 def test_undefined_quantities_are_none():
     record = gap_summary(torch.zeros(1, 3), torch.zeros(3), 0.0)
     assert {k for k, v in record.items() if v is None} >= {"mask_sd", "reliability", "gap_rms", "target_rms", "target_correlation"}

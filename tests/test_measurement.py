@@ -8,7 +8,7 @@ from conftest import completions, table_denoiser
 
 from rspo_lab.estimators import elbo_draws, log_ratio_draws
 from rspo_lab.masks import DESIGNS
-from rspo_lab.measurement import gap_samples, gradient_rows, score_rows, table_estimates
+from rspo_lab.measurement import anova_rows, gap_samples, gradient_rows, score_rows, table_anova, table_estimates
 from rspo_lab.oracle import count_moments, exact_scores, subset_tables
 
 
@@ -64,3 +64,40 @@ def test_conditional_likelihood_of_open_tokens_sums_to_one(small):
     rows = [[a, b, 2, c] for a, b, c in itertools.product(range(3), repeat=3)]
     batch = completions(rows, [[True, True, False, True]] * 27)
     assert exact_scores(small.policy, batch)[1].exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_anova_of_tables_whose_parts_are_known():
+    """Own effects are all tokens, effects of the number hidden are all counts, and what is neither is interaction."""
+    tokens = 5
+    inside = (torch.arange(2**tokens)[:, None] >> torch.arange(tokens) & 1).double()
+    own, by_count = torch.tensor([0.3, -1.0, 2.0, 0.0, 0.7]), torch.tensor([0.0, 3.0, -1.0, 0.5, 2.0, 1.0])
+    size = inside.sum(1).long()
+    token = table_anova(inside * (own - own.mean()).double())
+    assert token[[0, 2]].abs().max() < 1e-12 and token[1] > 0.1
+    count = table_anova(inside * by_count[size][:, None].double())
+    assert count[[1, 2]].abs().max() < 1e-12 and count[0] > 0.1
+    pair = inside[:, [0]] * inside[:, [1]] - (size * (size - 1))[:, None] / (tokens * (tokens - 1))  # mean 0 at every count
+    assert table_anova(inside * pair)[0] < 1e-12 < 0.01 < table_anova(inside * pair)[2]
+
+
+def test_anova_against_a_regression_on_the_tokens(small):
+    """Of a random table: the parts add up to the exact variance, and the linear one is that of least squares at each count."""
+    table = subset_tables(small.policy, small.batch)[0].detach()
+    inside = (torch.arange(16)[:, None] >> torch.arange(4) & 1).double()
+    size = inside.sum(1)
+    view, linear = table.sum(1) * 4 / size.clamp(min=1), 0.0
+    for n in range(1, 5):
+        x, hidden = view[size == n], inside[size == n]
+        fit = hidden @ torch.linalg.lstsq(hidden, x[:, None], driver="gelsd").solution[:, 0]
+        linear += (fit - fit.mean()).square().mean().item() / 4
+    parts = table_anova(table)
+    assert parts[1].item() == pytest.approx(linear, abs=1e-10)
+    assert parts.sum().item() == pytest.approx(count_moments(small.policy, small.batch)[1][0].item(), abs=1e-10)
+
+
+def test_anova_rows_are_shares(small):
+    rows = anova_rows(small.policy, small.reference, small.batch).set_index("quantity")["value"]
+    for name in ("score", "d"):
+        assert sum(rows[f"share_{part}_{name}"] for part in ("count", "token", "interaction")) == pytest.approx(1)
+    same = anova_rows(small.policy, small.policy, small.batch)  # d is 0: it has no variance to share
+    assert set(same["quantity"]) == {"share_count_score", "share_token_score", "share_interaction_score"}
