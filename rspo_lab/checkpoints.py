@@ -5,7 +5,7 @@ Every file is whole or not there; after a kill the records are cut back to the c
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +28,8 @@ def resume(config, folder: Path, parameters, optimizer) -> int:
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True, map_location=parameters[0].device)
-    differ = [k for k, v in asdict(config).items() if state["config"].get(k) != v]
+    defaults = {f.name: f.default for f in fields(config)}  # a field that is younger than the checkpoint had its default
+    differ = [k for k, v in asdict(config).items() if state["config"].get(k, defaults[k]) != v]
     if differ:
         raise ValueError(f"{path} was made with another {', '.join(differ)}: use another run folder")
     with torch.no_grad():

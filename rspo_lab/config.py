@@ -79,12 +79,20 @@ class TrainConfig:
             raise ValueError(f"old_views must be at least 0, not {self.old_views}")
         if self.lam < 0 or self.lr <= 0:
             raise ValueError(f"lam must be >= 0 and lr > 0, not {self.lam} and {self.lr}")
-        for views in (self.views, self.old_views or self.views):  # a design refuses numbers that it cannot make
-            design_named(self.design)(torch.ones(1, 1, dtype=torch.bool), views, generator=torch.Generator())
+        if self.old_views and (self.objective != "rspo" or not self.use_reference):
+            raise ValueError("old_views splits d = policy - reference in two levels: it needs objective='rspo' and use_reference")
+        for views in (self.old_views or self.views, self.views):  # a design refuses numbers that it cannot make
+            masks = design_named(self.design)(torch.ones(1, 4, dtype=torch.bool), views, generator=torch.Generator())
+        if self.residual == "leave_one_out" and masks.replicates < 2:
+            raise ValueError(f"leave_one_out needs 2 replicates, {self.design} makes 1 of {self.views} views: raise views or take count")
         task_named(self.task)
         find(self.model)
         if self.data and not Path(self.data).is_file():
             raise FileNotFoundError(f"no file of problems at data = {self.data}: give a path from here ({Path.cwd()}) or a full one")
+
+    def scope_of(self, d: torch.Tensor) -> torch.Tensor | str:
+        """`scope` as the objective takes it, for draws (R, B) of group-major rows."""
+        return torch.arange(d.shape[1], device=d.device) // self.group if self.scope == "group" else self.scope
 
     @property
     def snapshot_steps(self) -> list[int]:

@@ -31,7 +31,7 @@ def gap_summary(
     record = {
         "d_mean": estimate.mean().item(),
         "d_sd": spread,
-        "calibration_ratio": _ratio(lam * spread, advantage.std().item()),
+        "calibration_ratio": _ratio(lam * d_hat.std(correction=1).item(), advantage.std().item()),
         "target_correlation": correlation(d_hat, advantage),
         "mask_sd": None,
         "reliability": None,

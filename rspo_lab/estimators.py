@@ -54,16 +54,15 @@ def log_ratio_draws(
 
 
 def two_level_baseline(
-    old: Denoiser, reference: Denoiser, batch: Batch, masks: Masks, many: Masks, *, slice_size: int | None = None
+    old: Denoiser, batch: Batch, masks: Masks, ratio: Float[Tensor, " B"], *, slice_size: int | None = None
 ) -> Float[Tensor, "R B"]:  # fmt: skip
-    """What to take from a policy's draws on `masks` to have d = (policy - old) on `masks` + (old - reference) on `many`.
+    """What to take from a policy's draws on `masks` to have d = (policy - old) on `masks` + (old - reference) on many others.
 
-    `old` is the policy that made the completions, so the first part is small as long as the policy is near it, and the second
-    is computed once for all updates on them.  Unbiased for d if the designs are for their scores.  At the old policy itself d is
-    (old - reference) on `many` alone; with `masks` drawn independently of `many` the shared residual of RSPO is then unbiased too.
+    ratio: the mean of log_ratio_draws(old, reference, ...) on those others, computed once for all updates on the completions
+    that `old` made.  Unbiased for d if the designs are for their scores.  At the old policy itself d is `ratio` alone; with
+    `masks` drawn independently of it the shared residual of RSPO is then unbiased too.
     """
     with torch.no_grad():
-        ratio = log_ratio_draws(old, reference, batch, many, slice_size=slice_size).mean(0)
         return elbo_draws(old, batch, masks, slice_size=slice_size) - ratio
 
 
@@ -83,19 +82,24 @@ def level_control(
 def eubo(denoiser: Denoiser, batch: Batch, masks: Masks, *, beta: float, slice_size: int | None = None) -> Float[Tensor, " B"]:
     """(1/beta) sum_i log E_S[q(y_i | x, y without S)^beta | i in S], from all views: an evidence upper bound, nats.
 
-    Plug-in: the mean over S is that of the weights of the views that score i, a token that none scores adds 0, and the
-    logarithm of a mean is biased down, all of which vanishes with more views.  By Hölder's inequality the exact value is at least the
-    random-order log p if beta >= u, and it is never below the ELBO; for smaller beta it can be below log p
-    (SPG, arXiv:2510.09541, which takes beta of 1 to 1.5).
+    Plug-in: the mean over S is that of the weights of the views that score i, and the logarithm of a mean is biased down; a
+    token that no view scores adds 0, which is a large upward bias with few views.  Both vanish with more.  By Hölder's
+    inequality the exact value is at least the random-order log p if beta >= u, and it is never below the ELBO; for smaller
+    beta it can be below log p.  All views share a graph.  (SPG, arXiv:2510.09541)
     """
     view, row = masks.hidden.any(-1).nonzero(as_tuple=True)
-    device = batch.completion.device
-    power, total = (torch.zeros(batch.completion.shape, dtype=torch.float64, device=device) for _ in range(2))
+    device, (rows, length) = batch.completion.device, batch.completion.shape
+    cells, terms, weights = [], [], []
     for part in torch.arange(len(view)).split(slice_size or max(len(view), 1)):
         v, b = view[part], row[part]
-        token_logp = denoiser(batch.rows(b.to(device)), masks.hidden[v, b].to(device))
-        weight = (masks.weight[v, b][:, None] * masks.counted[v, b]).to(device)
-        power = power.index_add(0, b.to(device), weight * (beta * token_logp.double()).exp())
-        total = total.index_add(0, b.to(device), weight)
-    scored = total > 0
-    return (power.where(scored, 1.0) / total.where(scored, 1.0)).log().sum(-1) / beta
+        token_logp = denoiser(batch.rows(b.to(device)), masks.hidden[v, b].to(device)).double()
+        n, token = masks.counted[v, b].nonzero(as_tuple=True)
+        cells.append((b[n] * length + token).to(device))
+        weights.append(masks.weight[v, b][n].to(device))
+        terms.append(weights[-1].log() + beta * token_logp[n.to(device), token.to(device)])
+    cell, term, weight = torch.cat(cells), torch.cat(terms), torch.cat(weights)
+    none = term.new_zeros(rows * length)
+    top = none.scatter_reduce(0, cell, term.detach(), "amax", include_self=False)
+    power, total = none.index_add(0, cell, (term - top[cell]).exp()), none.index_add(0, cell, weight)
+    mean = power.where(total > 0, 1.0).log() + top - total.where(total > 0, 1.0).log()
+    return mean.view(rows, length).sum(-1) / beta

@@ -51,10 +51,9 @@ class Masks:
 
 def design(name: str) -> Callable[..., Masks]:
     """The design of that name, with its parameters if it has any: "count", "bsc", "bsc(1, 0.5)", "cyck(3)"."""
-    found = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", name.strip())
-    if not found or found[1] not in DESIGNS:
+    found = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", name)
+    if not found or (made := DESIGNS.get(found[1])) is None:
         raise ValueError(f"design must be one of {', '.join(DESIGNS)}, not {name!r}")
-    made = DESIGNS[found[1]]
     if found[2] is None:
         return made
     takes = [p for p in signature(made).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "generator"]
@@ -110,7 +109,7 @@ def t_iid(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator)
     _tokens(valid, views)
     level, coin = _uniform((views, len(valid)), generator), _uniform((views, *valid.shape), generator)
     hidden = (coin < level[..., None]) & valid
-    return Masks(hidden, 1 / level * hidden.any(-1), torch.arange(views))
+    return Masks(hidden, (1 / level).where(hidden.any(-1), 0.0), torch.arange(views))
 
 
 def t_redraw(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
@@ -158,6 +157,8 @@ def bsc(valid: Bool[Tensor, "B L"], views: int, *, alpha: float = 0.5, gamma: fl
     load of what it hides (gamma = 0 balances how often a token is hidden, 1 the sum of its weights).  Then all tokens are
     relabelled at random, so the rule that picks them cannot bias.  weight 1/(l q(l) views); one replicate.  (ours)
     """
+    if not (abs(alpha) <= 4 and abs(gamma) <= 4):
+        raise ValueError(f"bsc takes exponents from -4 to 4, not {alpha} and {gamma}: larger ones starve whole sizes")
     used = _tokens(valid, views)
     sizes = torch.arange(1, valid.shape[1] + 1, dtype=torch.float64)
     law = (sizes**-alpha).where(sizes <= used[:, None], 0.0)
@@ -166,7 +167,7 @@ def bsc(valid: Bool[Tensor, "B L"], views: int, *, alpha: float = 0.5, gamma: fl
     size = 1 + torch.searchsorted(law.cumsum(1), level.T.contiguous(), right=True).T
     size = torch.minimum(size, used).sort(0, descending=True).values
     weight = 1 / (size * law.gather(1, size.T - 1).T * views)
-    load, hidden = torch.zeros(valid.shape, dtype=torch.float64).masked_fill(sizes > used[:, None], torch.inf), []
+    load, hidden = (sizes > used[:, None]).double().masked_fill(sizes > used[:, None], torch.inf), []
     for k in range(views):
         hidden.append(load.argsort(dim=1, stable=True).argsort(1) < size[k][:, None])
         load = load + hidden[-1] * weight[k][:, None] ** gamma
@@ -186,7 +187,7 @@ def cycle(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator)
 
 
 def cyck(valid: Bool[Tensor, "B L"], views: int, *, k: int = 4, generator: torch.Generator) -> Masks:
-    """`cycle` at a fixed cost: the k-1 largest cycles, and all others merged into one view; weight 1.  (ours)
+    """`cycle` at no more than k forwards: the k-1 largest cycles, and all others merged into one view; weight 1.  (ours)
 
     `views` is a multiple of k; each k views are a replicate.  BIASED unless u <= k: merged tokens see fewer of each other.
     """
@@ -221,7 +222,7 @@ def left_to_right(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Ge
 
 
 def spg_block(valid: Bool[Tensor, "B L"], views: int, *, block: int = 32, generator: torch.Generator) -> Masks:
-    """A random block of positions: earlier ones visible, later ones hidden and not scored, `count` inside it.
+    """A random block of the valid tokens in order: earlier ones visible, later ones hidden and not scored, `count` inside it.
 
     Weight (blocks) (tokens of the block) / l.  Another target, unbiased for it: the ELBO of decoding block by block; all is `count` if
     one block holds everything, and `left_to_right` in expectation for blocks of 1.  (SPG, arXiv:2510.09541, block-wise masking)
@@ -232,8 +233,7 @@ def spg_block(valid: Bool[Tensor, "B L"], views: int, *, block: int = 32, genera
     place = (valid.cumsum(1) - 1).div(block, rounding_mode="floor").masked_fill(~valid, -1)
     blocks = (used + block - 1) // block
     chosen = _floor(_uniform((views, len(valid)), generator) * blocks, blocks - 1)
-    here = place == chosen[..., None]
-    tokens = here.sum(-1)
+    tokens = (here := place == chosen[..., None]).sum(-1)
     size = 1 + _floor(_uniform((views, len(valid)), generator) * tokens, tokens - 1)
     scored = here & (_order(here, generator) < size[..., None])
     return Masks(scored | (place > chosen[..., None]), blocks * tokens / size.double(), torch.arange(views), scored)

@@ -32,7 +32,7 @@ def score_rows(
 
     quantity: bias_score, bias_d (against the oracle), var_score, var_d_shared (policy and reference on the same masks),
     var_d_independent; each the mean over the batch's sequences.  stderr is the Monte-Carlo error of the redraws at these
-    sequences; it means nothing for t_redraw, whose variance is infinite.  cost: non-empty views a sequence.
+    sequences; it means nothing for t_iid and t_redraw, of infinite variance.  cost: non-empty views a sequence.
     """
     with torch.no_grad():
         ours, theirs = subset_tables(policy, batch), subset_tables(reference, batch)
@@ -110,7 +110,7 @@ def anova_rows(policy: Callable, reference: Callable, batch: Batch) -> pd.DataFr
     """Where the variance of one `count` view comes from: exact shares, mean over sequences, of the score's and of d's.
 
     share_count: between the numbers l of hidden tokens; share_token: linear in which tokens are hidden at that number;
-    share_interaction: the rest, which no balancing of counts and tokens can remove.
+    share_interaction: the rest, which balancing counts and tokens alone does not remove.
     """
     with torch.no_grad():
         ours, theirs = subset_tables(policy, batch), subset_tables(reference, batch)
@@ -166,9 +166,9 @@ def tidy(*frames: pd.DataFrame, task: str, policy: str) -> pd.DataFrame:
 def factors(results: pd.DataFrame) -> pd.DataFrame:
     """How many times lower than `count`'s each variance is at equal cost: (variance x cost) of count over that of the design.
 
-    Not for t_redraw: its variance is infinite, so what is measured of it is no estimate of anything.
+    Not for the 1/t forms: their variance is infinite, so what is measured of it is no estimate of anything.
     """
-    part = results[results["quantity"].str.startswith("var_") & (results["design"] != "t_redraw")].assign(
+    part = results[results["quantity"].str.startswith("var_") & ~results["design"].isin(["t_iid", "t_redraw"])].assign(
         work=lambda f: f["value"] * f["cost"]
     )
     table = part.pivot_table(index=["quantity", "views"], columns="design", values="work", sort=False)

@@ -19,7 +19,7 @@ from rspo_lab.batch import Batch
 from rspo_lab.checkpoints import append, keep_steps, read, resume, save, save_snapshot
 from rspo_lab.config import TrainConfig
 from rspo_lab.diagnostics import gap_summary
-from rspo_lab.estimators import elbo_draws, elbo_slices, two_level_baseline
+from rspo_lab.estimators import elbo_draws, elbo_slices, log_ratio_draws, two_level_baseline
 from rspo_lab.evaluation import complete, rewards, solve_rate
 from rspo_lab.files import write_json
 from rspo_lab.keys import generator
@@ -30,7 +30,7 @@ from rspo_lab.tasks import task as task_named
 
 def rspo(config, score, reference, advantage):
     d = score - reference if config.use_reference else score
-    return objectives.rspo(d, advantage, lam=config.lam, scope=_scope(config, d), residual=config.residual)
+    return objectives.rspo(d, advantage, lam=config.lam, scope=config.scope_of(d), residual=config.residual)
 
 
 def reinforce_elbo(config, score, reference, advantage):
@@ -182,8 +182,9 @@ def _baselines(config, policy, reference, batch, step) -> list[tuple]:
 
     updates = [drawn(config.views, inner) for inner in range(config.inner_steps)]
     if config.old_views:
-        many = drawn(config.old_views, "old")
-        return [(m, two_level_baseline(policy, reference, distinct, m, many, slice_size=config.slice_size)) for m in updates]
+        with torch.no_grad():
+            draws = log_ratio_draws(policy, reference, distinct, drawn(config.old_views, "old"), slice_size=config.slice_size)
+        return [(m, two_level_baseline(policy, distinct, m, draws.mean(0), slice_size=config.slice_size)) for m in updates]
     with torch.no_grad():
         return [(m, elbo_draws(reference, distinct, m, slice_size=config.slice_size)) for m in updates]
 
@@ -214,11 +215,10 @@ def _update(config, policy, optimizer, parameters, rollouts, step, masks, baseli
     record = {"loss": loss.value.item(), "gradient_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
     record["forward_passes"] = masks.forward_passes * len(distinct) / len(batch)
     lam = config.lam if config.objective == "rspo" else 0.0
-    return record | loss.log | gap_summary(d, weight, lam, _scope(config, d)), d.mean(0)
-
-
-def _scope(config, d):
-    return torch.arange(d.shape[1], device=d.device) // config.group if config.scope == "group" else config.scope
+    record |= loss.log | gap_summary(d, weight, lam, config.scope_of(d))
+    if config.old_views:
+        record |= {"mask_sd": None, "reliability": None}  # replicates share the noise of the many masks, so their spread is not all
+    return record, d.mean(0)
 
 
 def accumulate_gradient(policy: DiffusionLM, batch: Batch, masks, loss_of, slice_size: int):

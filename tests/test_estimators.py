@@ -141,6 +141,34 @@ def test_eubo_of_few_views_is_finite_and_converges(small):
     assert value(1, 0).isfinite().all() and torch.allclose(value(4000, 1), value(4000, 2), atol=0.15)
 
 
+def test_eubo_of_few_views_by_hand_and_far_below_what_exp_can_hold():
+    """Two views whose scored tokens are known, with weights that do not sum to 1; then log-probs of -3 nats at beta = u = 256."""
+    batch = completions([[0, 0]])
+    hidden = torch.tensor([[[True, True]], [[True, True]], [[False, True]]])
+    scored = torch.tensor([[[True, False]], [[True, True]], [[False, True]]])
+    masks = Masks(hidden, torch.tensor([[2.0], [1.0], [4.0]], dtype=torch.float64), torch.arange(3), scored)
+    logp = torch.tensor([[-1.0, -9.0], [-2.0, -0.5], [-7.0, -3.0]], dtype=torch.float64)
+    value = eubo(lambda b, h: logp, batch, masks, beta=2.0).item()
+    first = math.log((2 * math.exp(-2) + math.exp(-4)) / 3) / 2
+    second = math.log((math.exp(-1) + 4 * math.exp(-6)) / 5) / 2
+    assert value == pytest.approx(first + second, abs=1e-12)
+    long = completions([[0] * 256])
+    level = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+    masks = Masks(torch.ones(2, 1, 256, dtype=torch.bool), torch.ones(2, 1, dtype=torch.float64), torch.arange(2))
+    bound = eubo(lambda b, h: level.expand(h.shape), long, masks, beta=256.0)
+    assert bound.item() == pytest.approx(-768) and torch.autograd.grad(bound.sum(), level)[0].item() == pytest.approx(256)
+
+
+def test_level_control_works_replicate_by_replicate_on_scored_tokens(small):
+    valid = small.batch.valid
+    for name in ("coupled", "spg_block(2)"):
+        masks = design(name)(valid, 6, generator=torch.Generator().manual_seed(0))
+        draws = elbo_draws(lambda b, h: torch.full(h.shape, -0.7, dtype=torch.float64), small.batch, masks)
+        controlled = level_control(draws, masks, valid, -0.7)
+        assert masks.replicates > 1 and draws.std(0).max() > 0.1
+        assert torch.allclose(controlled, (-0.7 * valid.sum(1).double()).expand_as(draws), atol=1e-12)
+
+
 @pytest.mark.parametrize("at_old", [True, False])
 def test_two_level_gradient_is_unbiased_where_the_shared_one_is_not(at_old, small):
     """Gradients of RSPO in expectation over all masks, float64, lam = 1.
@@ -160,11 +188,12 @@ def test_two_level_gradient_is_unbiased_where_the_shared_one_is_not(at_old, smal
     exact = gradient(-((advantage - d_exact) * exact_elbo(small.policy, batch)).sum())
     scores = elbo_draws(small.policy, batch, masks)
     one_level, two_level = (torch.zeros_like(table) for _ in range(2))
-    many_ratio = exact_elbo(old, batch) - exact_elbo(small.reference, batch)  # two_level_baseline's mean over `many`
+    many_ratio = exact_elbo(old, batch) - exact_elbo(small.reference, batch)  # the mean over many masks
     for i in range(len(law)):
         mask = Masks(masks.hidden[[i]], masks.weight[[i]], torch.zeros(1, dtype=torch.long))
         whole = Masks(masks.hidden, masks.weight * law[:, None] * len(law), masks.replicate)
-        baseline = two_level_baseline(old, small.reference, batch, mask, whole)
+        ratio = log_ratio_draws(old, small.reference, batch, whole).mean(0).detach()
+        baseline = two_level_baseline(old, batch, mask, ratio)
         d = scores[[i]] - baseline
         expected = scores[[i]] - elbo_draws(old, batch, mask) + many_ratio
         assert torch.allclose(d, expected, atol=1e-12)

@@ -242,12 +242,68 @@ def test_coupled_views_are_complements():
     assert ((masks.hidden[0::2] ^ masks.hidden[1::2]) == valid).all() and masks.replicate.tolist() == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("name", ["count", "coupled", "t_redraw"])
+@pytest.mark.parametrize("name", ["count", "coupled", "t_iid", "t_redraw", "cycle", "cyck(2)", "spg_block(3)"])
 def test_replicates_are_drawn_independently(name):
-    """The sizes of two replicates' first views are uncorrelated over rows (4 standard errors)."""
-    masks = DESIGNS[name](torch.ones(20_000, 6, dtype=torch.bool), 4, generator=torch.Generator().manual_seed(0))
-    first, second = (masks.hidden[(masks.replicate == r).nonzero()[0, 0]].sum(-1).double() for r in (0, 1))
-    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1].item()) < 4 / 20_000**0.5
+    """Sizes of two replicates' first views, and whether they hide a token, are uncorrelated over rows (4.5 standard errors)."""
+    masks = design(name)(torch.ones(20_000, 6, dtype=torch.bool), 4, generator=torch.Generator().manual_seed(0))
+    first, second = (masks.counted[(masks.replicate == r).nonzero()[0, 0]] for r in (0, 1))
+    for a, b in [(first.sum(-1), second.sum(-1)), *((first[:, i], second[:, i]) for i in range(6))]:
+        assert abs(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1].item()) < 4.5 / 20_000**0.5
+
+
+def test_views_overlap_as_the_design_says():
+    """Nested views are a chain; the tokens of systematic views and of coupled pairs are drawn anew, so theirs are not."""
+    valid = torch.ones(2_000, 6, dtype=torch.bool)
+    chains = {}
+    for name in ("nested", "systematic", "coupled"):
+        masks = design(name)(valid, 4, generator=torch.Generator().manual_seed(0))
+        a, b = masks.hidden[0], masks.hidden[2]
+        chains[name] = ((~a | b).all(-1) | (~b | a).all(-1)).double().mean().item()
+    assert chains["nested"] == 1 and chains["systematic"] < 0.9 and chains["coupled"] < 0.9
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2, 3), (0, 2, 5)])
+def test_gauss_and_spg_block_meet_their_identity_set_by_set(used):
+    """Every hidden set of rows with gaps, by 5 errors: gauss at 2 views >= u, and spg_block(2) inside its block."""
+    rows = 40_000
+    valid = torch.zeros(rows, 6, dtype=torch.bool)
+    valid[:, list(used)] = True
+    blocks = [used[:2], used[2:]]
+    for name, views in (("gauss", 3), ("spg_block(2)", 2)):
+        masks = design(name)(valid, views, generator=torch.Generator().manual_seed(0))
+        for part in (blocks if name == "spg_block(2)" else [used]):
+            later = [i for i in used if i > max(part)]
+            for n in range(1, len(part) + 1):
+                for s in itertools.combinations(part, n):
+                    hidden, scored = torch.zeros(2, 6, dtype=torch.bool)
+                    hidden[[*s, *later]], scored[list(s)] = True, True
+                    same = (masks.hidden == hidden).all(-1) & (masks.counted == scored).all(-1)
+                    weight = (same * masks.weight).sum(0) / masks.replicates
+                    law = 1 / (n * math.comb(len(part), n))
+                    assert abs(weight.mean().item() - law) < 5 * weight.std().item() / rows**0.5, (name, s)
+
+
+def test_bsc_balances_weight_to_the_power_gamma_from_the_largest_view_on():
+    """Views of 3, 1 and 1 of 4 tokens, weights in ratio 3 to 1 (alpha = 2).  The second takes the token that the first left; then
+    all are hidden once, but that one with the least weight: the third view takes it again iff weights count (gamma = 1)."""
+    for gamma in (0, 1):
+        masks = design(f"bsc(2, {gamma})")(torch.ones(500, 4, dtype=torch.bool), 3, generator=torch.Generator().manual_seed(0))
+        sizes = masks.hidden.sum(-1)
+        assert (sizes[:-1] >= sizes[1:]).all()
+        row = (sizes == torch.tensor([[3], [1], [1]])).all(0).nonzero()[0, 0]
+        hidden = masks.hidden[:, row]
+        assert not (hidden[0] & hidden[1]).any()
+        assert torch.equal(hidden[2], hidden[1]) is (gamma == 1)
+
+
+def test_cyck_keeps_the_largest_cycles(monkeypatch):
+    """Sticks of 1, then 3, then 1 of 5 tokens: cyck(2) keeps the second and merges the others."""
+    level = torch.tensor([0.1, 0.7, 0.5, 0.5, 0.5], dtype=torch.float64)
+    order = torch.arange(5, dtype=torch.float64) / 5
+    draws = iter([level, order])
+    monkeypatch.setattr(masks_module, "_uniform", lambda shape, generator: next(draws).expand(shape))
+    masks = cyck(torch.ones(1, 5, dtype=torch.bool), 2, k=2, generator=torch.Generator())
+    assert masks.hidden[:, 0].int().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 1]]
 
 
 def test_weights_of_t_redraw_are_one_over_its_level():
@@ -270,6 +326,9 @@ def test_bad_input_is_refused():
         cyck(valid, 6, generator=torch.Generator())
     with pytest.raises(ValueError, match="at least 1 token"):
         spg_block(valid, 1, block=0, generator=torch.Generator())
+    for exponent in (float("nan"), float("inf"), 80.0):
+        with pytest.raises(ValueError, match="exponents"):
+            DESIGNS["bsc"](valid, 2, alpha=exponent, generator=torch.Generator())
     for name in ONCE:
         with pytest.raises(ValueError, match="views must be 1"):
             DESIGNS[name](valid, 2, generator=torch.Generator())
@@ -281,6 +340,7 @@ def test_bad_input_is_refused():
 
 def test_a_design_with_parameters_is_the_function_with_them():
     valid = torch.ones(3, 6, dtype=torch.bool)
+    assert design("bsc(0, 1)").keywords == {"alpha": 0.0, "gamma": 1.0}
     named = design("cyck(2)")(valid, 4, generator=torch.Generator().manual_seed(0))
     plain = cyck(valid, 4, k=2, generator=torch.Generator().manual_seed(0))
     assert torch.equal(named.hidden, plain.hidden) and design("cycle") is cycle
