@@ -55,7 +55,7 @@ class TrainConfig:
     lora_alpha: float = 32.0
     eval_every: int = 20
     eval_steps: int = 0  # denoising steps of the greedy held-out evaluation; 0 is one a token
-    eval_problems: int = 256
+    eval_problems: int = 192  # Countdown has 196
     checkpoint_every: int = 10
     snapshots: int = 4  # evenly spaced saved policies, the last one final
     slice_size: int = 512  # masked sequences a forward; more views than this cost one more forward each, not more memory

@@ -219,6 +219,12 @@ def test_bad_configs_are_refused_at_once(base, changes, match):
         config(base, **changes)
 
 
+@pytest.mark.parametrize("name", ["sudoku", "countdown"])
+def test_every_task_has_the_default_number_of_held_out_problems(name):
+    chosen = TrainConfig(model=f"base-{name}", task=name)
+    assert len(training._problems(chosen, training.task_named(name))[1]) == chosen.eval_problems
+
+
 def test_every_config_field_is_read():
     source = Path(config_module.__file__).read_text()
     body = Path(training.__file__).read_text() + source[source.index("def __post_init__") :]
