@@ -22,24 +22,25 @@ def gap_summary(
     target_rms, gap_*: A/lam, and A/lam - d_hat with d_hat the estimate centred over `scope`, as in the objective.
     target_correlation: of A/lam with d_hat.   calibration_ratio: lam sd(d_hat) / sd(A); far below 1, lam does nothing.
     mask_sd: standard deviation of one replicate of d around its sequence's mean.
-    reliability: share of the variance of the estimate that is not mask noise, 1 - mask_sd^2/R / Var(d_hat).
+    reliability: share of the variance of d_hat that is not mask noise, 1 - (variance of one centred replicate)/R / Var(d_hat).
     """
     d, advantage = d.double(), advantage.double()
     estimate = d.mean(0)
-    d_hat = estimate - centre(estimate[None], scope)[0]
-    spread = estimate.std(correction=1).item()
+    centred = d - centre(d, scope)
+    d_hat = centred.mean(0)
+    own = d_hat.std(correction=1).item()
     record = {
         "d_mean": estimate.mean().item(),
-        "d_sd": spread,
-        "calibration_ratio": _ratio(lam * d_hat.std(correction=1).item(), advantage.std().item()),
+        "d_sd": estimate.std(correction=1).item(),
+        "calibration_ratio": _ratio(lam * own, advantage.std().item()),
         "target_correlation": correlation(d_hat, advantage),
         "mask_sd": None,
         "reliability": None,
         "target_rms": None,
     } | {f"gap_{k}": None for k in ("mean", "rms", "q05", "q50", "q95")}
     if len(d) > 1:
-        noise = d.var(0, correction=1).mean().item()
-        record |= {"mask_sd": math.sqrt(noise), "reliability": None if spread == 0 else 1 - noise / len(d) / spread**2}
+        one, own_one = (x.var(0, correction=1).mean().item() for x in (d, centred))
+        record |= {"mask_sd": math.sqrt(one), "reliability": None if own == 0 else 1 - own_one / len(d) / own**2}
     if lam > 0:
         gap = advantage / lam - d_hat
         quantiles = gap.quantile(gap.new_tensor([0.05, 0.5, 0.95])).tolist()

@@ -33,6 +33,8 @@ def score_rows(
     quantity: bias_score, bias_d (against the oracle), var_score, var_d_shared (policy and reference on the same masks),
     var_d_independent; each the mean over the batch's sequences.  stderr is the Monte-Carlo error of the redraws at these
     sequences; it means nothing for t_iid and t_redraw, of infinite variance.  cost: non-empty views a sequence.
+    share_count, share_token, share_interaction of score and d: where the variance of one `count` view comes from, exact (see
+    `table_anova`); the stderr is over sequences.  Balancing counts and tokens does not remove the last.
     """
     with torch.no_grad():
         ours, theirs = subset_tables(policy, batch), subset_tables(reference, batch)
@@ -51,6 +53,14 @@ def score_rows(
                 rows.append((design, k, masks.forward_passes, f"var_{name}", variance.mean(), error.norm() / len(batch)))
                 error = (variance / redraws).sum().sqrt() / len(batch)
                 rows.append((design, k, masks.forward_passes, f"bias_{name}", (draws.mean(0) - exact.cpu()).mean(), error))
+    for name, tables in (("score", ours), ("d", [a - b for a, b in zip(ours, theirs)])):
+        shares = torch.stack([table_anova(table) for table in tables])
+        shares = (shares / shares.sum(1, keepdim=True))[shares.sum(1) > 0]
+        if len(shares) < 2:
+            continue  # d of a policy that is still its reference
+        error = shares.std(0) / len(shares) ** 0.5
+        for part, value, stderr in zip(("count", "token", "interaction"), shares.mean(0), error):
+            rows.append(("count", 1, 1.0, f"share_{part}_{name}", value, stderr))
     frame = _tidy(rows)
     return frame[frame["quantity"] != "bias_d_independent"].replace({"quantity": {"bias_d_shared": "bias_d"}})
 
@@ -106,26 +116,6 @@ def gradient_rows(
     return _tidy(rows)
 
 
-def anova_rows(policy: Callable, reference: Callable, batch: Batch) -> pd.DataFrame:
-    """Where the variance of one `count` view comes from: exact shares, mean over sequences, of the score's and of d's.
-
-    share_count: between the numbers l of hidden tokens; share_token: linear in which tokens are hidden at that number;
-    share_interaction: the rest, which balancing counts and tokens alone does not remove.
-    """
-    with torch.no_grad():
-        ours, theirs = subset_tables(policy, batch), subset_tables(reference, batch)
-    rows = []
-    for name, tables in (("score", ours), ("d", [a - b for a, b in zip(ours, theirs)])):
-        shares = torch.stack([table_anova(table) for table in tables])
-        shares = (shares / shares.sum(1, keepdim=True))[shares.sum(1) > 0]
-        if len(shares) < 2:
-            continue  # d of a policy that is still its reference
-        error = shares.std(0) / len(shares) ** 0.5
-        for part, value, stderr in zip(("count", "token", "interaction"), shares.mean(0), error):
-            rows.append(("count", 1, 1.0, f"share_{part}_{name}", value, stderr))
-    return _tidy(rows)
-
-
 def table_anova(table: Float[Tensor, "S u"]) -> Float[Tensor, "3"]:
     """(between counts, linear in the tokens, interactions): the variance of one `count` view of a `subset_table`, nats^2.
 
@@ -164,15 +154,17 @@ def tidy(*frames: pd.DataFrame, task: str, policy: str) -> pd.DataFrame:
 
 
 def factors(results: pd.DataFrame) -> pd.DataFrame:
-    """How many times lower than `count`'s each variance is at equal cost: (variance x cost) of count over that of the design.
+    """How many times lower than `count`'s each variance is at equal cost, "ratio ± half a 95 % Monte-Carlo interval".
 
-    Not for the 1/t forms: their variance is infinite, so what is measured of it is no estimate of anything.
+    The ratio is (variance x cost) of count over that of the design, its error to first order in those of both variances.  Not
+    for the 1/t forms: their variance is infinite, so what is measured of it is no estimate of anything.
     """
-    part = results[results["quantity"].str.startswith("var_") & ~results["design"].isin(["t_iid", "t_redraw"])].assign(
-        work=lambda f: f["value"] * f["cost"]
-    )
-    table = part.pivot_table(index=["quantity", "views"], columns="design", values="work", sort=False)
-    return table.rdiv(table["count"], axis=0).round(2)
+    part = results[results["quantity"].str.startswith("var_") & ~results["design"].isin(["t_iid", "t_redraw"])]
+    part = part.assign(work=part["value"] * part["cost"], relative=part["stderr"] / part["value"])
+    work, relative = (part.pivot_table(index=["quantity", "views"], columns="design", values=c, sort=False) for c in ("work", "relative"))
+    ratio = work.rdiv(work["count"], axis=0)
+    half = 1.96 * ratio * (relative**2).add(relative["count"] ** 2, axis=0) ** 0.5
+    return (ratio.map("{:.2f}".format) + " ± " + half.map("{:.2f}".format)).drop(columns="count")
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rspo_lab.diagnostics import wilson
-from rspo_lab.style import DESIGN_STYLE, INK, PAGE, POLICY, REFERENCE, TARGET, new_figure
+from rspo_lab.style import INK, PAGE, POLICY, REFERENCE, TARGET, design_look, new_figure
 
 
 def training_figure(history: list[dict], lam: float) -> Figure:
@@ -70,20 +70,20 @@ def learning_figure(runs: dict[str, list[dict]], colours: dict[str, str], proble
 
 
 def variance_figure(results: pd.DataFrame) -> Figure:
-    """Variance against views, a panel a quantity, a line a design; whiskers are 95 %, the dashed line falls as 1/views."""
+    """Variance against forward passes, a panel a quantity, a line a design; whiskers 95 %, the dashed line falls as their inverse."""
     panels = {
         "var_score": "score, nats²",
         "var_d_independent": "d, masks not shared",
         "var_d_shared": "d, shared masks",
         "var_gradient": "RSPO gradient (trace)",
     }
+    looks = design_look(list(results["design"].unique()))
     with new_figure(PAGE, 4.0) as figure:
         axes = figure.subplots(2, 2)
         for axis, (quantity, title) in zip(axes.flat, panels.items()):
             part = results[results["quantity"] == quantity]
             for design, rows in part.groupby("design", sort=False):
-                colour, marker = DESIGN_STYLE[design.split("(")[0]]
-                axis.errorbar(rows["cost"], rows["value"], 1.96 * rows["stderr"], color=colour, marker=marker, label=design, capsize=1.5)
+                axis.errorbar(rows["cost"], rows["value"], 1.96 * rows["stderr"], **looks[design], label=design, capsize=1.5)
             count = part[(part["design"] == "count") & (part["views"] == part["views"].min())]
             if len(count):
                 span = np.array([part["cost"].min(), part["cost"].max()])
@@ -100,17 +100,15 @@ def variance_figure(results: pd.DataFrame) -> Figure:
 
 def bias_figure(results: pd.DataFrame) -> Figure:
     """Bias of score and d against the oracle, nats, with 95 % whiskers."""
+    looks = design_look(list(results["design"].unique()))
     with new_figure(PAGE, 2.0) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         for axis, quantity in zip(axes, ("bias_score", "bias_d")):
             part = results[results["quantity"] == quantity]
             designs = list(part["design"].unique())
             for i, (design, rows) in enumerate(part.groupby("design", sort=False)):
-                colour, marker = DESIGN_STYLE[design.split("(")[0]]
                 place = np.arange(len(rows)) + (i - (len(designs) - 1) / 2) * 0.7 / len(designs)
-                axis.errorbar(
-                    place, rows["value"], 1.96 * rows["stderr"], color=colour, marker=marker, linestyle="", label=design, capsize=1.5
-                )
+                axis.errorbar(place, rows["value"], 1.96 * rows["stderr"], **looks[design], linestyle="", label=design, capsize=1.5)
                 axis.set_xticks(range(len(rows)), [str(v) for v in rows["views"]])
             axis.axhline(0, color=INK, linewidth=0.7)
             axis.set(title=f"Bias of {'the score' if quantity == 'bias_score' else 'd'}, nats", xlabel="views")

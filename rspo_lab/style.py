@@ -27,6 +27,7 @@ DESIGN_STYLE = {  # colour and marker, so that a figure also reads in grey
     "left_to_right": (INK, ">"),
     "spg_block": (INK, "h"),
 }
+FILLS = ("full", "none", "left", "right")  # of the marker, for several parametrisations of one design
 POLICY, TARGET, REFERENCE = OKABE_ITO["blue"], OKABE_ITO["vermillion"], INK
 
 _RC = {
@@ -36,6 +37,17 @@ _RC = {
     "axes.axisbelow": True, "lines.linewidth": 1.2, "lines.markersize": 3.5, "axes.linewidth": 0.6, "pdf.fonttype": 42,
     "ps.fonttype": 42, "svg.fonttype": "none", "mathtext.fontset": "stix",
 }  # fmt: skip
+
+
+def design_look(names: list[str]) -> dict[str, dict]:
+    """Colour, marker and fill of every design of a figure; "bsc(0, 0)" and "bsc(1, 1)" differ in fill."""
+    looks, seen = {}, {}
+    for name in names:
+        base = name.split("(")[0]
+        colour, marker = DESIGN_STYLE[base]
+        looks[name] = {"color": colour, "marker": marker, "fillstyle": FILLS[seen.get(base, 0) % len(FILLS)]}
+        seen[base] = seen.get(base, 0) + 1
+    return looks
 
 
 @contextmanager

@@ -33,8 +33,12 @@ def test_gap_summary_centres_as_the_objective_does():
     d, advantage = torch.tensor([[1.0, 1.0, 3.0, 3.0]], dtype=torch.float64), torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     by_group = gap_summary(d, advantage, 0.5, torch.tensor([0, 0, 1, 1]))
     assert by_group["gap_rms"] == pytest.approx(2.0) and by_group["target_correlation"] is None
+    assert by_group["calibration_ratio"] == 0 and by_group["d_sd"] > 1
     assert gap_summary(d, advantage, 0.5, "none")["gap_mean"] == pytest.approx(-2.0)
     assert gap_summary(d, advantage, 0.5)["gap_mean"] == pytest.approx(0.0)
+    noisy = torch.tensor([[1.0, 2.0, 11.0, 13.0], [2.0, 1.0, 13.0, 11.0]], dtype=torch.float64)  # groups differ, all else is noise
+    assert gap_summary(noisy, advantage, 0.5)["reliability"] > 0.9
+    assert gap_summary(noisy, advantage, 0.5, torch.tensor([0, 0, 1, 1]))["reliability"] is None
 
 
 def test_undefined_quantities_are_none():
@@ -68,7 +72,7 @@ def test_intervals_by_hand_and_by_coverage():
 def test_factors_are_at_equal_cost():
     rows = [("count", 2, 2.0, 6.0), ("coupled", 2, 1.5, 2.0), ("t_redraw", 2, 2.0, 50.0)]
     frame = pd.DataFrame(rows, columns=["design", "views", "cost", "value"]).assign(quantity="var_d_shared", stderr=0.1)
-    assert factors(frame).to_dict("records") == [{"count": 1.0, "coupled": 4.0}]
+    assert factors(frame).to_dict("records") == [{"coupled": "4.00 ± 0.41"}]  # 1.96 * 4 * sqrt((.1/2)^2 + (.1/6)^2)
 
 
 def test_gap_table_by_hand():

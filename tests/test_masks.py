@@ -154,6 +154,15 @@ def test_t_iid_has_the_law_of_the_continuous_time_form():
         assert abs(drawn.mean().item() - (U + 1) / n) < 5 * drawn.std().item() / len(drawn) ** 0.5
 
 
+def test_t_iid_weighs_every_level_by_its_inverse(monkeypatch):
+    """Down to t = 1e-6, where a cut-off would bias; a token is hidden iff its coin is below the level."""
+    level, coin = torch.tensor([[1e-6, 0.01, 0.5]], dtype=torch.float64), torch.tensor([1e-7, 0.1, 0.7, 0.9], dtype=torch.float64)
+    draws = iter([level, coin.expand(1, 3, U)])
+    monkeypatch.setattr(masks_module, "_uniform", lambda shape, generator: next(draws))
+    masks = DESIGNS["t_iid"](torch.ones(3, U, dtype=torch.bool), 1, generator=torch.Generator())
+    assert masks.weight.tolist() == [pytest.approx([1e6, 100, 2])] and masks.hidden[0].sum(1).tolist() == [1, 1, 2]
+
+
 @pytest.mark.parametrize("name", [*UNBIASED, "cyck", "spg_block"])
 def test_drawn_weights_meet_the_identity_on_rows_of_any_length(name):
     """Row by row, by size: the mean total weight of sets of l tokens is 1/l, for rows of 1, 3 and 6 tokens (5 errors)."""

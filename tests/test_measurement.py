@@ -1,6 +1,7 @@
 """Measured variances against exact ones, and table look-up against the estimator it stands in for."""
 
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import completions, table_denoiser
 
 from rspo_lab.estimators import elbo_draws, log_ratio_draws
 from rspo_lab.masks import DESIGNS
-from rspo_lab.measurement import anova_rows, gap_samples, gradient_rows, score_rows, table_anova, table_estimates
+from rspo_lab.measurement import gap_samples, gradient_rows, score_rows, table_anova, table_estimates
 from rspo_lab.oracle import count_moments, exact_scores, subset_tables
 
 
@@ -31,7 +32,8 @@ def test_score_rows_against_the_oracle(small):
         assert abs(row["value"] - exact / views) < 4 * row["stderr"] and row["stderr"] < 0.1 * exact
         for quantity in ("bias_score", "bias_d"):
             assert abs(value.loc[(views, quantity), "value"]) < 4 * value.loc[(views, quantity), "stderr"]
-    assert set(frame["quantity"]) == {"bias_score", "bias_d", "var_score", "var_d_shared", "var_d_independent"}
+    measured = frame[~frame["quantity"].str.startswith("share")]
+    assert set(measured["quantity"]) == {"bias_score", "bias_d", "var_score", "var_d_shared", "var_d_independent"}
 
 
 def test_gradient_variance_against_all_masks():
@@ -95,9 +97,19 @@ def test_anova_against_a_regression_on_the_tokens(small):
     assert parts.sum().item() == pytest.approx(count_moments(small.policy, small.batch)[1][0].item(), abs=1e-10)
 
 
-def test_anova_rows_are_shares(small):
-    rows = anova_rows(small.policy, small.reference, small.batch).set_index("quantity")["value"]
-    for name in ("score", "d"):
-        assert sum(rows[f"share_{part}_{name}"] for part in ("count", "token", "interaction")) == pytest.approx(1)
-    same = anova_rows(small.policy, small.policy, small.batch)  # d is 0: it has no variance to share
-    assert set(same["quantity"]) == {"share_count_score", "share_token_score", "share_interaction_score"}
+def test_shares_of_the_variance_are_those_of_the_tables(small):
+    """By name, mean and standard error over the three sequences; none of d for a policy that is its reference."""
+
+    def shares(reference):
+        rows = score_rows(small.policy, reference, small.batch, designs=["count"], views=[1], redraws=4, seed=0)
+        return rows[rows["quantity"].str.startswith("share")].set_index("quantity")
+
+    found, ours, theirs = shares(small.reference), subset_tables(small.policy, small.batch), subset_tables(small.reference, small.batch)
+    for name, tables in (("score", ours), ("d", [a - b for a, b in zip(ours, theirs)])):
+        parts = [[x.item() for x in table_anova(t.detach())] for t in tables]
+        for i, part in enumerate(("count", "token", "interaction")):
+            values = [p[i] / sum(p) for p in parts]
+            row = found.loc[f"share_{part}_{name}"]
+            assert row["value"] == pytest.approx(statistics.mean(values))
+            assert row["stderr"] == pytest.approx(statistics.stdev(values) / 3**0.5)
+    assert set(shares(small.policy).index) == {"share_count_score", "share_token_score", "share_interaction_score"}

@@ -190,6 +190,32 @@ def test_two_level_d_before_the_first_update_is_that_of_the_many_masks(base, tmp
     assert records[2]["mask_sd"] is None  # the spread of replicates that share their noise would say 0
 
 
+def test_two_levels_draw_their_masks_apart(base, tmp_path, monkeypatch):
+    """A step of two updates draws `views` masks for each and `old_views` once, from three different streams."""
+    named, drawn = training.design_named, []
+
+    def recording(name):
+        def design(valid, views, *, generator):
+            drawn.append((views, generator.initial_seed()))
+            return named(name)(valid, views, generator=generator)
+
+        return design
+
+    monkeypatch.setattr(training, "design_named", recording)
+    train(config(base, steps=1, inner_steps=2, old_views=16), Folder(tmp_path))
+    assert sorted(views for views, _ in drawn) == [2, 2, 16] and len({seed for _, seed in drawn}) == 3
+
+
+def test_a_checkpoint_older_than_a_field_is_resumed_at_its_default(base, tmp_path):
+    train(config(base, steps=2), Folder(tmp_path))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["config"]["old_views"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert len(train(config(base, steps=2), Folder(tmp_path))) == 3
+    with pytest.raises(ValueError, match="made with another old_views"):
+        train(config(base, steps=2, old_views=4), Folder(tmp_path))
+
+
 def test_lora_snapshots_load_as_what_was_trained(base, tmp_path):
     run = Folder(tmp_path / "run")
     train(config(base, lora="all-linear", lora_rank=2, lr=1e-2), run)
@@ -212,7 +238,9 @@ def test_a_local_file_is_trained_on_without_the_held_out_problems(base, tmp_path
 @pytest.mark.parametrize("changes, match", [
     (dict(objective="ppo"), "objective must be one of rspo, reinforce_elbo, not 'ppo'"), (dict(task="sudok"), "sudoku"),
     (dict(design="cont"), "design must be one of count"), (dict(group=1), "group must be at least 2"), (dict(lam=-1.0), "lam must be >= 0"),
-    (dict(steps=0), "steps must be at least 1"),
+    (dict(steps=0), "steps must be at least 1"), (dict(old_views=-1), "old_views must be at least 0"),
+    (dict(old_views=4, use_reference=False), "needs objective='rspo'"), (dict(old_views=4, objective="reinforce_elbo"), "use_reference"),
+    (dict(design="bsc", residual="leave_one_out"), "bsc makes 1 of 2 views"), (dict(design="coupled", views=3), "must be even"),
 ])  # fmt: skip
 def test_bad_configs_are_refused_at_once(base, changes, match):
     with pytest.raises(ValueError, match=match):
