@@ -108,7 +108,7 @@ def bias_figure(results: pd.DataFrame) -> Figure:
             designs = list(part["design"].unique())
             for i, (design, rows) in enumerate(part.groupby("design", sort=False)):
                 place = np.arange(len(rows)) + (i - (len(designs) - 1) / 2) * 0.7 / len(designs)
-                axis.errorbar(place, rows["value"], 1.96 * rows["stderr"], **looks[design], linestyle="", label=design, capsize=1.5)
+                axis.errorbar(place, rows["value"], 1.96 * rows["stderr"], **looks[design] | {"linestyle": ""}, label=design, capsize=1.5)
                 axis.set_xticks(range(len(rows)), [str(v) for v in rows["views"]])
             axis.axhline(0, color=INK, linewidth=0.7)
             axis.set(title=f"Bias of {'the score' if quantity == 'bias_score' else 'd'}, nats", xlabel="views")

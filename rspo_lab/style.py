@@ -27,7 +27,7 @@ DESIGN_STYLE = {  # colour and marker, so that a figure also reads in grey
     "left_to_right": (INK, ">"),
     "spg_block": (INK, "h"),
 }
-FILLS = ("full", "none", "left", "right")  # of the marker, for several parametrisations of one design
+AGAIN = ((None, "-"), ("*", ":"), ("$2$", "-."), ("$3$", "--"))  # marker and line of further parametrisations of one design
 POLICY, TARGET, REFERENCE = OKABE_ITO["blue"], OKABE_ITO["vermillion"], INK
 
 _RC = {
@@ -40,12 +40,13 @@ _RC = {
 
 
 def design_look(names: list[str]) -> dict[str, dict]:
-    """Colour, marker and fill of every design of a figure; "bsc(0, 0)" and "bsc(1, 1)" differ in fill."""
+    """Colour, marker and line of every design of a figure; "bsc(0, 0)" and "bsc(1, 1)" share only the colour."""
     looks, seen = {}, {}
     for name in names:
         base = name.split("(")[0]
         colour, marker = DESIGN_STYLE[base]
-        looks[name] = {"color": colour, "marker": marker, "fillstyle": FILLS[seen.get(base, 0) % len(FILLS)]}
+        other, line = AGAIN[seen.get(base, 0) % len(AGAIN)]
+        looks[name] = {"color": colour, "marker": other or marker, "linestyle": line}
         seen[base] = seen.get(base, 0) + 1
     return looks
 

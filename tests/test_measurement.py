@@ -11,6 +11,7 @@ from rspo_lab.estimators import elbo_draws, log_ratio_draws
 from rspo_lab.masks import DESIGNS
 from rspo_lab.measurement import gap_samples, gradient_rows, score_rows, table_anova, table_estimates
 from rspo_lab.oracle import count_moments, exact_scores, subset_tables
+from rspo_lab.style import design_look
 
 
 @pytest.mark.parametrize("name", DESIGNS)
@@ -113,3 +114,8 @@ def test_shares_of_the_variance_are_those_of_the_tables(small):
             assert row["value"] == pytest.approx(statistics.mean(values))
             assert row["stderr"] == pytest.approx(statistics.stdev(values) / 3**0.5)
     assert set(shares(small.policy).index) == {"share_count_score", "share_token_score", "share_interaction_score"}
+
+
+def test_no_two_designs_of_a_figure_look_alike():
+    looks = design_look([*DESIGNS, "bsc(0, 0)", "bsc(1, 1)", "cyck(2)"])
+    assert len({tuple(look.values()) for look in looks.values()}) == len(DESIGNS) + 3
