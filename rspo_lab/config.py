@@ -43,10 +43,12 @@ class TrainConfig:
     score_unit: str = "sequence"  # sum of nats; or token: mean over valid tokens
     use_reference: bool = True  # False: d is the score itself
     zero_variance: str = "keep"  # groups whose rewards agree: keep (pulled to the reference) or skip
-    design: str = "count"  # a name of masks.DESIGNS, with parameters if it has any: bsc(0.5, 0.5)
-    views: int = 2
+    design: str = "count"  # a name of masks.DESIGNS, with parameters if it has any: bsc(0.5, 0.5); auto: views.recommend_design
+    views: int = 2  # a distinct completion
+    common_masks: bool = False  # completions of a prompt whose tokens stand in the same places share their masks
     inner_steps: int = 1  # updates on one rollout
     old_views: int = 0  # above 0: d = (policy - rollout's policy) on `views` masks + (that - reference) on this many, once a rollout
+    allocate: bool = False  # share the views out by the size of a completion's update, as measured on the old_views
     lr: float = 3e-4
     warmup: int = 10  # steps of linear warm-up, then a cosine to a tenth
     max_grad_norm: float = 1.0
@@ -81,8 +83,11 @@ class TrainConfig:
             raise ValueError(f"lam must be >= 0 and lr > 0, not {self.lam} and {self.lr}")
         if self.old_views and (self.objective != "rspo" or not self.use_reference):
             raise ValueError("old_views splits d = policy - reference in two levels: it needs objective='rspo' and use_reference")
+        if self.allocate and (not self.old_views or self.common_masks or self.residual != "shared"):
+            raise ValueError("allocate weighs completions on old_views, so set these; it goes with own masks and residual='shared'")
+        design = "bsc" if self.design == "auto" else self.design
         for views in (self.old_views or self.views, self.views):  # a design refuses numbers that it cannot make
-            masks = design_named(self.design)(torch.ones(1, 4, dtype=torch.bool), views, generator=torch.Generator())
+            masks = design_named(design)(torch.ones(1, 4, dtype=torch.bool), views, generator=torch.Generator())
         if self.residual == "leave_one_out" and masks.replicates < 2:
             raise ValueError(f"leave_one_out needs 2 replicates, {self.design} makes 1 of {self.views} views: raise views or take count")
         task_named(self.task)

@@ -73,7 +73,7 @@ def count(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator)
     """
     used = _tokens(valid, views)
     level = _uniform((views, len(valid)), generator)
-    return _count(valid, used, level, _order(valid.expand(views, -1, -1), generator), torch.arange(views))
+    return count_masks(valid, used, level, random_order(valid.expand(views, -1, -1), generator), torch.arange(views))
 
 
 def systematic(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
@@ -81,8 +81,8 @@ def systematic(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Gener
 
     The low-discrepancy sampler of MDLM (arXiv:2406.07524) on counts; the views of a sequence are dependent.
     """
-    used, level = _tokens(valid, views), _spread(valid, views, generator)
-    return _count(valid, used, level, _order(valid.expand(views, -1, -1), generator), torch.zeros(views, dtype=torch.long))
+    used, level = _tokens(valid, views), spread_levels(valid, views, generator)
+    return count_masks(valid, used, level, random_order(valid.expand(views, -1, -1), generator), torch.zeros(views, dtype=torch.long))
 
 
 def coupled(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
@@ -94,7 +94,7 @@ def coupled(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generato
         raise ValueError(f"coupled masks come in pairs: views must be even, not {views}")
     used = _tokens(valid, views)
     level = _uniform((views // 2, len(valid)), generator)
-    hidden = _order(valid.expand(views // 2, -1, -1), generator) < _floor(level * (used + 1), used)[..., None]
+    hidden = random_order(valid.expand(views // 2, -1, -1), generator) < _floor(level * (used + 1), used)[..., None]
     hidden = torch.stack([hidden & valid, ~hidden & valid], 1).flatten(0, 1)
     size = hidden.sum(-1)
     weight = (used + 1.0).double() / (2 * size.clamp(min=1)) * (size > 0)
@@ -133,8 +133,8 @@ def nested(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator
 
     A baseline: the views overlap as much as they can, so more of them soon stop to help.
     """
-    used, level = _tokens(valid, views), _spread(valid, views, generator)
-    return _count(valid, used, level, _order(valid[None], generator), torch.zeros(views, dtype=torch.long))
+    used, level = _tokens(valid, views), spread_levels(valid, views, generator)
+    return count_masks(valid, used, level, random_order(valid[None], generator), torch.zeros(views, dtype=torch.long))
 
 
 def gauss(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
@@ -163,7 +163,7 @@ def bsc(valid: Bool[Tensor, "B L"], views: int, *, alpha: float = 0.5, gamma: fl
     sizes = torch.arange(1, valid.shape[1] + 1, dtype=torch.float64)
     law = (sizes**-alpha).where(sizes <= used[:, None], 0.0)
     law = law / law.sum(1, keepdim=True)
-    level = _spread(valid, views, generator)
+    level = spread_levels(valid, views, generator)
     size = 1 + torch.searchsorted(law.cumsum(1), level.T.contiguous(), right=True).T
     size = torch.minimum(size, used).sort(0, descending=True).values
     weight = 1 / (size * law.gather(1, size.T - 1).T * views)
@@ -171,7 +171,7 @@ def bsc(valid: Bool[Tensor, "B L"], views: int, *, alpha: float = 0.5, gamma: fl
     for k in range(views):
         hidden.append(load.argsort(dim=1, stable=True).argsort(1) < size[k][:, None])
         load = load + hidden[-1] * weight[k][:, None] ** gamma
-    label = _order(valid[None], generator).expand(views, *valid.shape)
+    label = random_order(valid[None], generator).expand(views, *valid.shape)
     return Masks(torch.stack(hidden).gather(2, label) & valid, weight, torch.zeros(views, dtype=torch.long))
 
 
@@ -235,7 +235,7 @@ def spg_block(valid: Bool[Tensor, "B L"], views: int, *, block: int = 32, genera
     chosen = _floor(_uniform((views, len(valid)), generator) * blocks, blocks - 1)
     tokens = (here := place == chosen[..., None]).sum(-1)
     size = 1 + _floor(_uniform((views, len(valid)), generator) * tokens, tokens - 1)
-    scored = here & (_order(here, generator) < size[..., None])
+    scored = here & (random_order(here, generator) < size[..., None])
     return Masks(scored | (place > chosen[..., None]), blocks * tokens / size.double(), torch.arange(views), scored)
 
 
@@ -245,14 +245,14 @@ DESIGNS: dict[str, Callable[..., Masks]] = {
 }  # fmt: skip
 
 
-def _count(valid, used, level, order, replicate) -> Masks:
+def count_masks(valid, used, level, order, replicate) -> Masks:
     """Views with count 1 + floor(level u), level in [0, 1), hiding the tokens that come first in `order`."""
     size = 1 + _floor(level * used, used - 1)
     views_each = len(replicate) / (int(replicate.max()) + 1)
     return Masks((order < size[..., None]) & valid, used.double() / (size * views_each), replicate)
 
 
-def _spread(valid, views, generator) -> Float[Tensor, "M B"]:
+def spread_levels(valid, views, generator) -> Float[Tensor, "M B"]:
     """Levels in [0, 1) at equal distances from one random start a row."""
     start = _uniform((1, len(valid)), generator)
     return (start + torch.arange(views, dtype=torch.float64)[:, None] / views) % 1
@@ -264,7 +264,7 @@ def _cycles(valid, permutations, generator) -> Bool[Tensor, "J C B L"]:
     A uniform order of the tokens is cut by stick-breaking: a cycle takes U{1..rest} of the tokens that are left.
     """
     left = _tokens(valid, permutations).expand(permutations, -1)
-    level, order = _uniform((permutations, *valid.shape), generator), _order(valid.expand(permutations, -1, -1), generator)
+    level, order = _uniform((permutations, *valid.shape), generator), random_order(valid.expand(permutations, -1, -1), generator)
     start, cycles = torch.zeros_like(left), []
     for i in range(int(left.max())):
         size = (1 + _floor(level[..., i] * left, left - 1)) * (left > 0)
@@ -291,7 +291,7 @@ def _floor(value: Tensor, most: Tensor) -> Tensor:
     return torch.minimum(value.floor().long(), most)
 
 
-def _order(valid: Bool[Tensor, "M B L"], generator) -> Int[Tensor, "M B L"]:
+def random_order(valid: Bool[Tensor, "M B L"], generator) -> Int[Tensor, "M B L"]:
     """A uniform random order of the valid tokens of each view: ranks 0..u-1; other positions come after."""
     return _uniform(valid.shape, generator).masked_fill(~valid, 2.0).argsort(-1).argsort(-1)
 

@@ -19,13 +19,15 @@ from rspo_lab.batch import Batch
 from rspo_lab.checkpoints import append, keep_steps, read, resume, save, save_snapshot
 from rspo_lab.config import TrainConfig
 from rspo_lab.diagnostics import gap_summary
-from rspo_lab.estimators import elbo_draws, elbo_slices, log_ratio_draws, two_level_baseline
+from rspo_lab.estimators import elbo_draws
 from rspo_lab.evaluation import complete, rewards, solve_rate
 from rspo_lab.files import write_json
 from rspo_lab.keys import generator
 from rspo_lab.masks import design as design_named
 from rspo_lab.model import DiffusionLM, add_lora, load, reference_of
+from rspo_lab.scores import accumulate_gradient, scorings
 from rspo_lab.tasks import task as task_named
+from rspo_lab.views import CountProfile, count_profile, recommend_design
 
 
 def rspo(config, score, reference, advantage):
@@ -57,7 +59,7 @@ def train(
 ) -> list[dict]:
     """Trains to `config.steps`, going on from the run's checkpoint if there is one; returns the records of metrics.jsonl.
 
-    `run` has a `path` (a folder, which gets metrics.jsonl, sequences.jsonl, timing.jsonl, checkpoint.pt and snapshots/),
+    `run` has a `path` (a folder, which gets metrics, sequences, timing and profile.jsonl, checkpoint.pt and snapshots/),
     `progress(done, total, note)` and a `stopped` flag, set when `should_stop` ended the run early.  Equal config and
     threads give equal bits on a CPU, through any number of kills and resumes; timing.jsonl alone differs.
 
@@ -71,12 +73,12 @@ def train(
     problems, held_out = _problems(config, task)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    files = [run.path / "metrics.jsonl", run.path / "sequences.jsonl", run.path / "timing.jsonl"]
+    files = [run.path / "metrics.jsonl", run.path / "sequences.jsonl", run.path / "timing.jsonl", run.path / "profile.jsonl"]
     done = resume(config, run.path, parameters, optimizer)
     write_json(run.path / "config.json", asdict(config))
     for file in files:
         keep_steps(file, done)
-    history = read(files[0])
+    history, profiles = read(files[0]), read(files[3])
     if done == 0:
         history.append({"step": 0, "eval_solve_rate": _evaluate(config, policy, task, held_out)})
         append(files[0], history[-1])
@@ -87,12 +89,14 @@ def train(
             chosen = torch.randperm(len(problems), generator=generator(config.seed, step, "problems"))[: config.prompts]
             rollouts = roll_out(config, policy, [problems[i] for i in chosen], generator(config.seed, step, "rollout"))
             rolled = time.perf_counter()
-            scored = _baselines(config, policy, reference, rollouts.batch, step)
-            updates = [_update(config, policy, optimizer, parameters, rollouts, step, *one) for one in scored]
+            updates = _updates(config, policy, reference, optimizer, parameters, rollouts, step, profiles)
             on_policy, d = updates[0]
             record = {"step": step} | rollouts.record | on_policy
             timing = {"step": step, "rollout_s": rolled - began, "update_s": time.perf_counter() - rolled, "peak_gib": _peak_gib(device)}
             if step % config.eval_every == 0 or step == config.steps:
+                if config.design == "auto" and len(rollouts.batch):
+                    profiles.append({"step": step} | asdict(_profile(config, policy, reference, rollouts, step)))
+                    append(files[3], profiles[-1])
                 record["eval_solve_rate"] = _evaluate(config, policy, task, held_out)
                 pairs = {"d": d.tolist(), "advantage": rollouts.advantage.tolist(), "reward": rollouts.reward.tolist()}
                 append(files[1], {"step": step} | pairs)
@@ -157,7 +161,7 @@ def starting_point(config: TrainConfig) -> dict[str, float]:
     """The largest |d| over a few sequences before training: exactly 0 on shared masks, mask noise on independent ones."""
     policy, reference = _policies(config)
     batch = held_still(config, policy, prompts=2, group=4, seed=config.seed).batch
-    design, valid = design_named(config.design), batch.valid.cpu()
+    design, valid = design_named(_design_of(config, [])(config.views)), batch.valid.cpu()
     mine, theirs = (design(valid, config.views, generator=generator(config.seed, "start", i)) for i in (0, 1))
     with torch.no_grad():
         score, same, other = (elbo_draws(m, batch, k) for m, k in ((policy, mine), (reference, mine), (reference, theirs)))
@@ -171,76 +175,59 @@ def held_still(config: TrainConfig, policy: DiffusionLM, *, prompts: int, group:
     return roll_out(config, policy, problems, generator(seed, "held still"))
 
 
-def _baselines(config, policy, reference, batch, step) -> list[tuple]:
-    """For every update on one rollout: its masks and the scores that d is measured from, of the distinct completions."""
-    if len(batch) == 0:
-        return [(None, None)] * config.inner_steps
-    distinct, _ = batch.distinct()  # equal completions are scored once, on masks that they share
-
-    def drawn(views, *key):
-        return design_named(config.design)(distinct.valid.cpu(), views, generator=generator(config.seed, step, *key, "masks"))
-
-    updates = [drawn(config.views, inner) for inner in range(config.inner_steps)]
-    if config.old_views:
-        with torch.no_grad():
-            draws = log_ratio_draws(policy, reference, distinct, drawn(config.old_views, "old"), slice_size=config.slice_size)
-        return [(m, two_level_baseline(policy, distinct, m, draws.mean(0), slice_size=config.slice_size)) for m in updates]
-    with torch.no_grad():
-        return [(m, elbo_draws(reference, distinct, m, slice_size=config.slice_size)) for m in updates]
+def _updates(config, policy, reference, optimizer, parameters, rollouts, step, profiles):
+    """All updates on one rollout, each (what to log, d per sequence).  A batch with no row left (all skipped) changes nothing."""
+    if len(rollouts.batch) == 0:
+        return [({"loss": 0.0, "gradient_norm": 0.0, "lr": 0.0, "forward_passes": 0.0, "forwards": 0.0}, torch.zeros(0))]
+    design_of = _design_of(config, profiles)
+    scored = scorings(config, policy, reference, rollouts.batch, rollouts.advantage, design_of, (config.seed, step))
+    return [_update(config, policy, optimizer, parameters, rollouts, step, scoring) for scoring in scored]
 
 
-def _update(config, policy, optimizer, parameters, rollouts, step, masks, baseline):
-    """One optimizer step; (what to log, d per sequence).  A batch with no row left (all skipped) changes nothing."""
-    batch = rollouts.batch
-    if len(batch) == 0:
-        return {"loss": 0.0, "gradient_norm": 0.0, "lr": 0.0, "forward_passes": 0.0}, torch.zeros(0)
+def _design_of(config, profiles):
+    """The design for a number of views: the one asked for, or what the last profile recommends."""
+    if config.design != "auto":
+        return lambda views: config.design
+    last = CountProfile(**{k: v for k, v in profiles[-1].items() if k != "step"}) if profiles else None
+    return lambda views: recommend_design(last, views)[0]
+
+
+def _profile(config, policy, reference, rollouts, step):
+    """The count profile of up to 64 of a rollout's distinct completions."""
+    some = rollouts.batch.distinct()[0].rows(slice(0, 64))
+    return count_profile(policy, reference, some, pairs=8, generator=generator(config.seed, step, "profile"), slice_size=config.slice_size)
+
+
+def _update(config, policy, optimizer, parameters, rollouts, step, scoring):
+    """One optimizer step; (what to log, d per sequence)."""
+    batch, masks = rollouts.batch, scoring.masks
     unit = 1 / batch.valid.sum(1) if config.score_unit == "token" else torch.ones(len(batch), device=batch.completion.device)
     distinct, which = batch.distinct()
-    baseline = baseline[:, which] * unit
-    weight = rollouts.advantage.to(baseline)
+    weight = rollouts.advantage.to(unit)
     for group in optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, step / config.warmup if config.warmup else 1.0) * _cosine(step / config.steps)
     optimizer.zero_grad()
     recipe = RECIPES[config.objective]
-    loss, score = accumulate_gradient(
-        policy, distinct, masks, lambda draws: recipe(config, draws[:, which] * unit, baseline, weight), config.slice_size
-    )
+
+    def loss_of(draws):
+        return recipe(config, draws[:, which] * unit, scoring.baseline_of(draws)[:, which] * unit, weight)
+
+    loss, score = accumulate_gradient(policy, distinct, masks, loss_of, config.slice_size)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
     if not (math.isfinite(loss.value.item()) and math.isfinite(norm)):
         raise Diverged(
             f"step {step}: loss {loss.value.item()}, gradient norm {norm}; checkpoint.pt holds the last good step: lower lr or raise lam"
         )
     optimizer.step()
-    d = score[:, which] * unit - baseline
+    d = (score - scoring.baseline_of(score))[:, which] * unit
     record = {"loss": loss.value.item(), "gradient_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
-    record["forward_passes"] = masks.forward_passes * len(distinct) / len(batch)
+    share = len(distinct) / len(batch)
+    record |= {"forward_passes": masks.forward_passes * share, "forwards": (3 * masks.forward_passes + scoring.forwards) * share}
     lam = config.lam if config.objective == "rspo" else 0.0
     record |= loss.log | gap_summary(d, weight, lam, config.scope_of(d))
     if config.old_views:
         record |= {"mask_sd": None, "reliability": None}  # replicates share the noise of the many masks, so their spread is not all
     return record, d.mean(0)
-
-
-def accumulate_gradient(policy: DiffusionLM, batch: Batch, masks, loss_of, slice_size: int):
-    """Adds the gradient of `loss_of(draws)` to the parameters; returns (loss, draws (R, B)), both detached.
-
-    If all views fit one slice they share a graph.  If not, a first pass without gradient gives the loss and its derivative
-    by every draw, and a second one back-propagates slice by slice: the same gradient, in the memory of one slice.  (the
-    idea of BGPO, arXiv:2510.11683; exact because the model has no dropout)
-    """
-    if masks.hidden.any(-1).sum() <= slice_size:
-        draws = elbo_draws(policy, batch, masks)
-        loss = loss_of(draws)
-        loss.value.backward()
-        return objectives.Loss(loss.value.detach(), loss.log), draws.detach()
-    with torch.no_grad():
-        draws = elbo_draws(policy, batch, masks, slice_size=slice_size)
-    leaf = draws.clone().requires_grad_()
-    loss = loss_of(leaf)
-    (by_draw,) = torch.autograd.grad(loss.value, leaf)
-    for part in elbo_slices(policy, batch, masks, slice_size=slice_size):
-        (part * by_draw).sum().backward()
-    return objectives.Loss(loss.value.detach(), loss.log), draws
 
 
 def _policies(config):

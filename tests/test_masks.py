@@ -280,7 +280,7 @@ def test_gauss_and_spg_block_meet_their_identity_set_by_set(used):
     blocks = [used[:2], used[2:]]
     for name, views in (("gauss", 3), ("spg_block(2)", 2)):
         masks = design(name)(valid, views, generator=torch.Generator().manual_seed(0))
-        for part in (blocks if name == "spg_block(2)" else [used]):
+        for part in blocks if name == "spg_block(2)" else [used]:
             later = [i for i in used if i > max(part)]
             for n in range(1, len(part) + 1):
                 for s in itertools.combinations(part, n):

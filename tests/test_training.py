@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rspo_lab import config as config_module
-from rspo_lab import training
+from rspo_lab import scores, training
 from rspo_lab.batch import Batch
 from rspo_lab.checkpoints import trained_run
 from rspo_lab.config import TrainConfig
@@ -23,8 +23,9 @@ from rspo_lab.estimators import elbo_draws
 from rspo_lab.masks import count
 from rspo_lab.model import load, reference_of
 from rspo_lab.objectives import rspo
+from rspo_lab.scores import accumulate_gradient
 from rspo_lab.tasks import sudoku
-from rspo_lab.training import RECIPES, Diverged, Preempted, accumulate_gradient, held_still, train
+from rspo_lab.training import RECIPES, Diverged, Preempted, held_still, train
 
 
 class Folder:
@@ -175,7 +176,8 @@ def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_p
 @pytest.mark.parametrize("changes", [
     dict(lam=0.0), dict(objective="reinforce_elbo"), dict(use_reference=False), dict(scope="none"), dict(scope="group"),
     dict(residual="leave_one_out"), dict(score_unit="token"), dict(zero_variance="skip"), dict(inner_steps=2), dict(design="coupled"),
-    dict(design="bsc(1, 0.5)", inner_steps=2, old_views=4),
+    dict(design="bsc(1, 0.5)", inner_steps=2, old_views=4), dict(design="auto", eval_every=1), dict(common_masks=True),
+    dict(design="bsc", inner_steps=2, old_views=2, allocate=True),
     dict(lora="all-linear", lora_rank=2), dict(advantage="leave_one_out"), dict(decode_steps=4, block=4), dict(threshold=0.1),
 ])  # fmt: skip
 def test_every_option_trains(base, tmp_path, changes):
@@ -192,7 +194,7 @@ def test_two_level_d_before_the_first_update_is_that_of_the_many_masks(base, tmp
 
 def test_two_levels_draw_their_masks_apart(base, tmp_path, monkeypatch):
     """A step of two updates draws `views` masks for each and `old_views` once, from three different streams."""
-    named, drawn = training.design_named, []
+    named, drawn = scores.design_named, []
 
     def recording(name):
         def design(valid, views, *, generator):
@@ -201,7 +203,7 @@ def test_two_levels_draw_their_masks_apart(base, tmp_path, monkeypatch):
 
         return design
 
-    monkeypatch.setattr(training, "design_named", recording)
+    monkeypatch.setattr(scores, "design_named", recording)
     train(config(base, steps=1, inner_steps=2, old_views=16), Folder(tmp_path))
     assert sorted(views for views, _ in drawn) == [2, 2, 16] and len({seed for _, seed in drawn}) == 3
 
@@ -240,6 +242,8 @@ def test_a_local_file_is_trained_on_without_the_held_out_problems(base, tmp_path
     (dict(design="cont"), "design must be one of count"), (dict(group=1), "group must be at least 2"), (dict(lam=-1.0), "lam must be >= 0"),
     (dict(steps=0), "steps must be at least 1"), (dict(old_views=-1), "old_views must be at least 0"),
     (dict(old_views=4, use_reference=False), "needs objective='rspo'"), (dict(old_views=4, objective="reinforce_elbo"), "use_reference"),
+    (dict(allocate=True), "allocate weighs completions on old_views"),
+    (dict(allocate=True, old_views=2, common_masks=True), "goes with own masks"),
     (dict(design="bsc", residual="leave_one_out"), "bsc makes 1 of 2 views"), (dict(design="coupled", views=3), "must be even"),
 ])  # fmt: skip
 def test_bad_configs_are_refused_at_once(base, changes, match):
@@ -255,6 +259,6 @@ def test_every_task_has_the_default_number_of_held_out_problems(name):
 
 def test_every_config_field_is_read():
     source = Path(config_module.__file__).read_text()
-    body = Path(training.__file__).read_text() + source[source.index("def __post_init__") :]
+    body = "".join(Path(module.__file__).read_text() for module in (training, scores)) + source[source.index("def __post_init__") :]
     for field in dataclasses.fields(TrainConfig):
         assert re.search(rf"\bconfig\.{field.name}\b|self\.{field.name}\b", body), f"nothing reads TrainConfig.{field.name}"
