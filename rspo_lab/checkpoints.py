@@ -82,3 +82,11 @@ def trained_run(folder: str | Path) -> tuple[TrainConfig, dict[int, Path]]:
     if not saved:
         raise FileNotFoundError(f"{folder} has no snapshots yet: let its training reach step {config.snapshot_steps[0]}")
     return config, {0: Path(config.model)} | saved
+
+
+def saved_policy(policies: dict[int, Path], step: int) -> tuple[int, Path]:
+    """(step, folder) of one of `trained_run`'s policies; step 0 is the last one."""
+    step = step or max(policies)
+    if step not in policies:
+        raise ValueError(f"no policy was saved at step {step}; there are {', '.join(map(str, sorted(policies)))}")
+    return step, policies[step]

@@ -71,8 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     runs.set_defaults(command=_runs)
     runs.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
 
-    study = commands.add_parser("study", help="the main results on the tiny model: train, variance, gap; figures in DIR")
+    study = commands.add_parser("study", help="the main results on the tiny model, or the runs of a study's file; figures in DIR")
     study.set_defaults(command=_study)
+    study.add_argument("file", type=Path, nargs="?", help="one of notebooks/studies/*.yaml")
     study.add_argument("--runs", type=Path, metavar="DIR", default=Path("runs"))
     study.add_argument("--grid", action="store_true", help="instead train every seed and rate behind the README's claims")
     return parser
@@ -197,10 +198,12 @@ def _cell(value: Any) -> str:
 
 
 def _study(args: argparse.Namespace) -> int:
-    from rspo_lab.study import grid, study
+    from rspo_lab.study import grid, run_study, study
 
+    if args.file and args.grid:
+        raise UsageError("--grid is a study of its own: leave the file out")
     try:
-        return (grid if args.grid else study)(args.runs)
+        return run_study(args.file, args.runs) if args.file else (grid if args.grid else study)(args.runs)
     except (OSError, RuntimeError) as error:
         return _complain(f"{type(error).__name__}: {error}", 1)
 

@@ -18,8 +18,9 @@ from rspo_lab.diagnostics import variance_se
 from rspo_lab.estimators import elbo_draws, log_ratio_draws
 from rspo_lab.keys import generator
 from rspo_lab.masks import design as design_named
-from rspo_lab.scores import scorings
+from rspo_lab.scores import design_chooser, scorings
 from rspo_lab.training import Rollouts
+from rspo_lab.views import CountProfile
 
 FLAGS = ("two-level", "allocated", "common")
 FORWARDS = 4  # of one view in one level: policy forward and backward (2), reference forward
@@ -42,7 +43,7 @@ def scheme(text: str, config: TrainConfig, views: int, inner_steps: int = 1) -> 
 
 def gradient_rows(
     config: TrainConfig, policy: torch.nn.Module, reference: Callable, rollouts: Rollouts, *,
-    schemes: list[str], views: list[int], redraws: int, seed: int, inner_steps: int = 1,
+    schemes: list[str], views: list[int], redraws: int, seed: int, inner_steps: int = 1, profile: CountProfile | None = None,
     on_redraw: Callable[[int, int], None] = lambda done, of: None,
 ) -> pd.DataFrame:  # fmt: skip
     """Noise of one update's RSPO gradient over mask redraws, all else held: a row a (scheme, views, quantity).
@@ -50,7 +51,8 @@ def gradient_rows(
     var_gradient; var_d_rollouts: variance of d, mean over the completions; mean_gradient_sq: the squared norm of the mean gradient,
     from products of different redraws; seconds: of one redraw.  As in training, equal completions are scored once.
     cost: forwards a completion, in views of one level (policy forward and backward, reference forward: 4 forwards).
-    With inner_steps > 1 it is the last of that many updates on these rollouts, reached by AdamW at config.lr with `count` masks.
+    The design "auto" takes what `profile` recommends.  With inner_steps > 1 it is the last of that many updates on these rollouts,
+    reached by AdamW at config.lr with `count` masks.
     """
     moved = _after(config, policy, reference, rollouts, inner_steps, seed)
     parameters = [p for p in moved.parameters() if p.requires_grad]
@@ -60,9 +62,10 @@ def gradient_rows(
     for text in schemes:
         for k in views:
             chosen, gradients, ratios, costs, seconds = scheme(text, config, k, inner_steps), [], [], [], []
+            design_of = design_chooser(chosen, profile)
             for redraw in range(redraws):
                 began, key = time.perf_counter(), (seed, text, k, redraw, "gradient")
-                last = scorings(chosen, policy, reference, batch, advantage, lambda views: chosen.design, key)[-1]
+                last = scorings(chosen, policy, reference, batch, advantage, design_of, key)[-1]
                 scored = time.perf_counter()
                 draws = elbo_draws(moved, distinct, last.masks)
                 d = (draws - last.baseline_of(draws))[:, which]
@@ -93,8 +96,12 @@ def rollout_noise(
     """The variance of the RSPO gradient over prompts and completions, free of mask noise: one row, quantity var_rollouts.
 
     The gradient is a mean over P prompts' parts.  Two independent sets of `count` masks give each part twice, and the covariance
-    of the two over prompts, / P, is what masks do not explain.  The centre of d is held as part of the rule.
+    of the two over prompts, / P, is what masks do not explain.  d is centred by a mean over the batch from other masks.
     """
+    whole = rollouts.batch
+    with torch.no_grad():
+        masks = design_named("count")(whole.valid.cpu(), views, generator=generator(seed, "rollout noise"))
+        centre = log_ratio_draws(policy, reference, whole, masks, slice_size=config.slice_size).mean()
     parameters, group, both = [p for p in policy.parameters() if p.requires_grad], config.group, []
     prompts = len(rollouts.batch) // group
     for half in range(2):
@@ -104,7 +111,7 @@ def rollout_noise(
             distinct, which = rollouts.batch.rows(rows).distinct()
             masks = design_named("count")(distinct.valid.cpu(), views, generator=generator(seed, prompt, half, "rollout noise"))
             d = log_ratio_draws(policy, reference, distinct, masks)[:, which]
-            loss = objectives.rspo(d, rollouts.advantage[rows].to(d), lam=config.lam, scope="none").value
+            loss = objectives.rspo(d - centre, rollouts.advantage[rows].to(d), lam=config.lam, scope="none").value
             parts.append(_flat(torch.autograd.grad(loss, parameters)))
         both.append(torch.stack(parts))
     a, b = (parts - parts.mean(0) for parts in both)

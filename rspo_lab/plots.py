@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rspo_lab.diagnostics import wilson
-from rspo_lab.style import INK, PAGE, POLICY, REFERENCE, TARGET, design_look, new_figure
+from rspo_lab.diagnostics import mean_interval, wilson
+from rspo_lab.style import INK, OKABE_ITO, PAGE, POLICY, REFERENCE, TARGET, new_figure
 
 
 def training_figure(history: list[dict], lam: float) -> Figure:
@@ -69,50 +69,21 @@ def learning_figure(runs: dict[str, list[dict]], colours: dict[str, str], proble
     return figure
 
 
-def variance_figure(results: pd.DataFrame) -> Figure:
-    """Variance against forward passes, a panel a quantity, a line a design; whiskers 95 %, the dashed line falls as their inverse."""
-    panels = {
-        "var_score": "score, nats²",
-        "var_d_independent": "d, masks not shared",
-        "var_d_shared": "d, shared masks",
-        "var_gradient": "RSPO gradient (trace)",
-    }
-    looks = design_look(list(results["design"].unique()))
-    with new_figure(PAGE, 4.0) as figure:
-        axes = figure.subplots(2, 2)
-        for axis, (quantity, title) in zip(axes.flat, panels.items()):
-            part = results[results["quantity"] == quantity]
-            for design, rows in part.groupby("design", sort=False):
-                axis.errorbar(rows["cost"], rows["value"], 1.96 * rows["stderr"], **looks[design], label=design, capsize=1.5)
-            count = part[(part["design"] == "count") & (part["views"] == part["views"].min())]
-            if len(count):
-                span = np.array([part["cost"].min(), part["cost"].max()])
-                axis.plot(span, count["value"].iloc[0] * count["cost"].iloc[0] / span, color=INK, linestyle="--", linewidth=0.7)
-            axis.set(title=f"Variance of {title}", xscale="log", yscale="log")
-            ticks = sorted(part[part["design"] == part["design"].iloc[0]]["cost"].round(2))
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
-            axis.minorticks_off()
-        for axis in axes[1]:
-            axis.set_xlabel("forward passes a sequence")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
-    return figure
-
-
-def bias_figure(results: pd.DataFrame) -> Figure:
-    """Bias of score and d against the oracle, nats, with 95 % whiskers."""
-    looks = design_look(list(results["design"].unique()))
-    with new_figure(PAGE, 2.0) as figure:
-        axes = figure.subplots(1, 2, sharey=True)
-        for axis, quantity in zip(axes, ("bias_score", "bias_d")):
-            part = results[results["quantity"] == quantity]
-            designs = list(part["design"].unique())
-            for i, (design, rows) in enumerate(part.groupby("design", sort=False)):
-                place = np.arange(len(rows)) + (i - (len(designs) - 1) / 2) * 0.7 / len(designs)
-                axis.errorbar(place, rows["value"], 1.96 * rows["stderr"], **looks[design] | {"linestyle": ""}, label=design, capsize=1.5)
-                axis.set_xticks(range(len(rows)), [str(v) for v in rows["views"]])
-            axis.axhline(0, color=INK, linewidth=0.7)
-            axis.set(title=f"Bias of {'the score' if quantity == 'bias_score' else 'd'}, nats", xlabel="views")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+def arms_figure(arms: dict[str, list[pd.DataFrame]]) -> Figure:
+    """Held-out solve rate against step, scoring forwards and seconds, a line an arm: mean over its seeds, bars 95 % Student."""
+    colours = list(OKABE_ITO.values())
+    with new_figure(PAGE, 2.1) as figure:
+        axes = figure.subplots(1, 3, sharey=True)
+        for (label, seeds), colour, marker in zip(arms.items(), colours, "os^DPX"):
+            mean = sum(seed[["step", "forwards", "seconds", "rate"]].to_numpy() for seed in seeds) / len(seeds)
+            rates = np.stack([seed["rate"] for seed in seeds], 1)
+            half = [mean_interval(list(row))[2] - row.mean() if len(row) > 1 else 0.0 for row in rates]
+            for axis, column in zip(axes, range(3)):
+                axis.errorbar(mean[:, column], mean[:, 3], half, color=colour, marker=marker, label=label, elinewidth=0.5, capsize=1.5)
+        for axis, label in zip(axes, ("step", "scoring forwards a completion", "seconds")):
+            axis.set_xlabel(label)
+        axes[0].set_title("Held-out solve rate, greedy")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(arms))
     return figure
 
 

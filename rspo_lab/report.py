@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from rspo_lab import plots
+from rspo_lab import noise_plots, plots
 from rspo_lab.diagnostics import mean_interval, wilson
 from rspo_lab.files import read_json, replacing
+from rspo_lab.score_noise import efficiency, factors
 from rspo_lab.style import POLICY, TARGET
 
+RESULTS = ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 img { max-width: 100%; height: auto } table { border-collapse: collapse; margin: 1rem 0 } figcaption { color: #555 }
@@ -22,6 +24,10 @@ CAPTIONS = {
     "how much λ corrects; gradient norm. Pale: every step; line: running mean of 9.",
     "pairs": "Estimate against advantage, a point a sequence; the dashed line is the target.",
     "variance": "Variance of score, d and RSPO gradient by mask design and cost; whiskers 95 % Monte-Carlo; dashed: 1/K from count.",
+    "profile": "Noise of one view of d by how many tokens it hides.",
+    "arms": "Held-out solve rate against steps, scoring forwards a completion (all models; a backward is two) and seconds of updates; "
+    "mean over seeds, 95 % Student.",
+    "efficiency": "How many times lower than that of `count` each variance is at equal cost; 95 % Monte-Carlo of the redraws.",
     "bias": "Bias against the exact ELBO, 95 % Monte-Carlo whiskers.",
     "gap": "Target against estimate at each saved policy with its regression line; box: 25-75 %, whiskers 5-95 % of the gap.",
     "exact": "Estimate against exact ELBO ratio (mask noise), and exact ELBO ratio against exact log-ratio (bias of the ELBO).",
@@ -50,9 +56,95 @@ def study_page(root: Path, trained: dict[str, Path], variance: Path, gap: Path) 
     for title, path in [*((f"Training: {label}", path) for label, path in trained.items()), ("Variance", variance), ("Gap", gap)]:
         parts += [f"<h2>{html.escape(title)}</h2>", _provenance(root, path)]
         parts += [_figure(root, png, CAPTIONS[png.stem]) for png in sorted((path / "figures").glob("*.png"))]
+    return _write_page(root, "rspo-lab study", parts)
+
+
+def sheet_page(root: Path, title: str, runs: list[tuple[str, Path]]) -> Path:
+    """index.html over the runs of a study's file: the arms of training against each other, measurements against `count`, all figures.
+
+    Writes results.parquet, a tidy row a (task, policy, design, views, quantity) with `policy` the name of its run, arms.csv and
+    efficiency.csv, as far as there are such runs.
+    """
+    parts, folder = [f"<h1>{html.escape(title)}</h1>"], root / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    arms: dict[str, list[Path]] = {}
+    for name, path in runs:
+        if (path / "metrics.jsonl").is_file() and "old_views" in read_json(path / "config.json"):
+            arms.setdefault(name, []).append(path)
+    arms = {name: paths for name, paths in arms.items() if len(paths) > 1}
+    if arms:
+        table = arms_table(arms)
+        parts += [_saved(root, "arms", plots.arms_figure({name: [arm_curve(p) for p in paths] for name, paths in arms.items()}), table)]
+        parts += [table.to_html(index=False, border=0)]
+    frames = [pd.read_parquet(path / "results.parquet").assign(policy=name) for name, path in runs if (path / "results.parquet").is_file()]
+    frames = [frame[RESULTS] for frame in frames if set(RESULTS) <= set(frame)]
+    if frames:
+        results = pd.concat(frames, ignore_index=True)
+        with replacing(root / "results.parquet") as path:
+            results.to_parquet(path)
+        found = efficiency(results)
+        figure = noise_plots.efficiency_figure(found, {name: _shared_views(found, name) for name in ("var_d_shared", "var_gradient")})
+        parts += [_saved(root, "efficiency", figure, found)]
+        parts += [factors(results).reset_index().to_html(index=False, border=0)]
+        for quantity in ("share", "correlation", "var_rollouts"):
+            some = results[results["quantity"].str.startswith(quantity)]
+            parts += [some[["policy", "quantity", "value", "stderr"]].round(3).to_html(index=False, border=0)] if len(some) else []
+    for name, path in runs:
+        parts += [f"<h2>{html.escape(name)}</h2>", _provenance(root, path)]
+        parts += [_figure(root, png, CAPTIONS[png.stem]) for png in sorted((path / "figures").glob("*.png"))]
+    return _write_page(root, title, parts)
+
+
+def arm_curve(path: Path) -> pd.DataFrame:
+    """A run's evaluations: step, rate, and what scoring had cost by then (forwards a completion, seconds of updates)."""
+    timing = [json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()]
+    frame = pd.DataFrame(history(path)).set_index("step")
+    spent = pd.DataFrame(timing).set_index("step")["update_s"].cumsum()
+    forwards = frame["forwards"].fillna(0).cumsum()
+    rate = frame["eval_solve_rate"].dropna()
+    return pd.DataFrame(
+        {
+            "step": rate.index,
+            "rate": rate.values,
+            "forwards": forwards[rate.index].values,
+            "seconds": spent.reindex(rate.index, fill_value=0).values,
+        }
+    )
+
+
+def arms_table(arms: dict[str, list[Path]]) -> pd.DataFrame:
+    """A row an arm: final and mean held-out solve rate in % over its seeds with 95 % Student intervals, and what scoring cost."""
+    rows = []
+    for name, paths in arms.items():
+        curves = [arm_curve(path) for path in paths]
+        final, area = ([100 * f(c["rate"]) for c in curves] for f in (lambda r: r.iloc[-1], lambda r: r.iloc[1:].mean()))
+        row = {"arm": name, "seeds": len(paths), "each seed": " ".join(f"{v:.1f}" for v in final)}
+        for label, values in (("final, %", final), ("mean over evaluations, %", area)):
+            mean, low, high = mean_interval(values)
+            row[label] = f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+        row["forwards a completion"] = f"{sum(c['forwards'].iloc[-1] for c in curves) / len(curves):.0f}"
+        rows.append(row | {"update s": f"{sum(c['seconds'].iloc[-1] for c in curves) / len(curves):.0f}"})
+    return pd.DataFrame(rows)
+
+
+def _shared_views(found: pd.DataFrame, quantity: str) -> int:
+    """The most views that every policy was measured at."""
+    views = [set(part["views"]) for _, part in found[found["quantity"] == quantity].groupby("policy")]
+    return max(set.intersection(*views))
+
+
+def _saved(root: Path, name: str, figure, data: pd.DataFrame) -> str:
+    """A figure of the whole study as png, pdf and csv, and its place on the page."""
+    figure.savefig(root / "figures" / f"{name}.png", dpi=300)
+    figure.savefig(root / "figures" / f"{name}.pdf", metadata={"CreationDate": None})
+    data.to_csv(root / "figures" / f"{name}.csv", index=False)
+    return _figure(root, root / "figures" / f"{name}.png", CAPTIONS[name])
+
+
+def _write_page(root: Path, title: str, parts: list[str]) -> Path:
     page = root / "index.html"
     with replacing(page) as new:
-        head = f"<!doctype html><html lang=en><meta charset=utf-8><title>rspo-lab study</title><style>{STYLE}</style>"
+        head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
         new.write_text(head + "\n".join(parts) + "</html>\n", encoding="utf-8")
     return page
 

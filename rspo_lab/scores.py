@@ -17,7 +17,7 @@ from rspo_lab.estimators import elbo_draws, elbo_slices, two_level_baseline
 from rspo_lab.keys import generator
 from rspo_lab.masks import Masks
 from rspo_lab.masks import design as design_named
-from rspo_lab.views import allocate, common, drawn
+from rspo_lab.views import CountProfile, allocate, common, drawn, recommend_design
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ class Scoring:
     def baseline_of(self, draws: Float[Tensor, "R B"]) -> Float[Tensor, "R B"]:
         """What to take from `draws`, the policy's on `masks` at this update."""
         return draws.detach() - self.ratio if self.baseline is None else self.baseline
+
+
+def design_chooser(config: TrainConfig, profile: CountProfile | None) -> Callable[[int], str]:
+    """The design for a number of views: the one that the config asks for, or for "auto" what the profile recommends."""
+    if config.design == "auto":
+        return lambda views: recommend_design(profile, views)[0]
+    return lambda views: config.design
 
 
 def scorings(

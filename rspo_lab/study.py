@@ -1,4 +1,4 @@
-"""The main job on the tiny models, and the grid of seeds behind the claims: notebook runs side by side, then one page.
+"""The main job on the tiny models, the grid of seeds behind the claims, and studies from files: notebook runs, then one page.
 
 A run is a subprocess of the command line with one thread, so two cores do two at a time and results do not depend on how
 many run; finished runs are skipped.
@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from rspo_lab.files import read_json, replacing
 from rspo_lab.parameters import complete, declared
@@ -79,6 +81,52 @@ def grid(runs: Path) -> int:
         table.to_csv(path, index=False)
     print(table.to_string(index=False))
     return 0
+
+
+def run_study(file: Path, runs: Path) -> int:
+    """All runs of a study's file, then its page, tables and results.parquet in runs/<name of the file>/."""
+    root, began = (runs / file.stem).resolve(), time.monotonic()
+    waves, title = read_study(file, root)
+    for jobs in waves:
+        if code := run_jobs(jobs, root, at_once=os.cpu_count() or 1):
+            return code
+    from rspo_lab.report import sheet_page
+
+    page = sheet_page(root, title, [(job.name, job.path(root)) for jobs in waves for job in jobs])
+    print(f"all done in {time.monotonic() - began:.0f} s: {page}")
+    return 0
+
+
+def read_study(file: Path, root: Path) -> tuple[list[list[Job]], str]:
+    """(runs that need nothing, then runs of runs that need one of these; the title) of a YAML file.
+
+    `title: text` and `runs: {name: {notebook: file.ipynb, seeds: [0, 1], parameters: {...}}}`; a parameter "@name" is the folder of
+    the run of that name.  ValueError, naming the run, for anything else and for parameters that the notebook does not take.
+    """
+    sheet = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(sheet, dict) or set(sheet) != {"title", "runs"} or not isinstance(sheet["runs"], dict):
+        raise ValueError(f"{file}: a study is `title: text` and `runs:` with a name for every run")
+    waves, places = ([], []), {}
+    for name, run in sheet["runs"].items():
+        if not isinstance(run, dict) or not {"notebook"} <= set(run) <= {"notebook", "seeds", "parameters"}:
+            raise ValueError(f"{file}: run {name!r} takes notebook, seeds and parameters")
+        if not (NOTEBOOKS / run["notebook"]).is_file():
+            raise ValueError(f"{file}: run {name!r}: there is no notebook {run['notebook']!r} in {NOTEBOOKS}")
+        given, needs = dict(run.get("parameters") or {}), False
+        for parameter, value in given.items():
+            if isinstance(value, str) and value.startswith("@"):
+                if value[1:] not in places:
+                    raise ValueError(f"{file}: run {name!r}: {value} names no run above it")
+                given[parameter], needs = places[value[1:]], True
+        for seed in run.get("seeds") or [None]:
+            job = Job(str(name), run["notebook"], given if seed is None else given | {"seed": seed})
+            try:
+                place = job.path(root)
+            except ValueError as error:
+                raise ValueError(f"{file}: run {name!r}: {error}") from None
+            places.setdefault(str(name), str(place))
+            waves[needs].append(job)
+    return [jobs for jobs in waves if jobs], str(sheet["title"])
 
 
 def run_jobs(jobs: list[Job], root: Path, *, at_once: int) -> int:

@@ -1,5 +1,6 @@
 """House style of the figures: sizes of a paper column, fonts that print, one colour and marker a thing everywhere."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,7 @@ DESIGN_STYLE = {  # colour and marker, so that a figure also reads in grey
     "one_step": (INK, "<"),
     "left_to_right": (INK, ">"),
     "spg_block": (INK, "h"),
+    "auto": (OKABE_ITO["purple"], "*"),
 }
 AGAIN = ((None, "-"), ("*", ":"), ("$2$", "-."), ("$3$", "--"))  # marker and line of further parametrisations of one design
 POLICY, TARGET, REFERENCE = OKABE_ITO["blue"], OKABE_ITO["vermillion"], INK
@@ -40,10 +42,10 @@ _RC = {
 
 
 def design_look(names: list[str]) -> dict[str, dict]:
-    """Colour, marker and line of every design of a figure; "bsc(0, 0)" and "bsc(1, 1)" share only the colour."""
+    """Colour, marker and line of every design or scheme of a figure; "bsc(0, 0)" and "bsc(1, 1)" share only the colour."""
     looks, seen = {}, {}
     for name in names:
-        base = name.split("(")[0]
+        base = re.match(r"\w+", name)[0]
         colour, marker = DESIGN_STYLE[base]
         other, line = AGAIN[seen.get(base, 0) % len(AGAIN)]
         looks[name] = {"color": colour, "marker": other or marker, "linestyle": line}

@@ -25,9 +25,9 @@ from rspo_lab.files import write_json
 from rspo_lab.keys import generator
 from rspo_lab.masks import design as design_named
 from rspo_lab.model import DiffusionLM, add_lora, load, reference_of
-from rspo_lab.scores import accumulate_gradient, scorings
+from rspo_lab.scores import accumulate_gradient, design_chooser, scorings
 from rspo_lab.tasks import task as task_named
-from rspo_lab.views import CountProfile, count_profile, recommend_design
+from rspo_lab.views import CountProfile, count_profile
 
 
 def rspo(config, score, reference, advantage):
@@ -161,7 +161,7 @@ def starting_point(config: TrainConfig) -> dict[str, float]:
     """The largest |d| over a few sequences before training: exactly 0 on shared masks, mask noise on independent ones."""
     policy, reference = _policies(config)
     batch = held_still(config, policy, prompts=2, group=4, seed=config.seed).batch
-    design, valid = design_named(_design_of(config, [])(config.views)), batch.valid.cpu()
+    design, valid = design_named(design_chooser(config, None)(config.views)), batch.valid.cpu()
     mine, theirs = (design(valid, config.views, generator=generator(config.seed, "start", i)) for i in (0, 1))
     with torch.no_grad():
         score, same, other = (elbo_draws(m, batch, k) for m, k in ((policy, mine), (reference, mine), (reference, theirs)))
@@ -179,17 +179,10 @@ def _updates(config, policy, reference, optimizer, parameters, rollouts, step, p
     """All updates on one rollout, each (what to log, d per sequence).  A batch with no row left (all skipped) changes nothing."""
     if len(rollouts.batch) == 0:
         return [({"loss": 0.0, "gradient_norm": 0.0, "lr": 0.0, "forward_passes": 0.0, "forwards": 0.0}, torch.zeros(0))]
-    design_of = _design_of(config, profiles)
+    last = CountProfile(**{k: v for k, v in profiles[-1].items() if k != "step"}) if profiles else None
+    design_of = design_chooser(config, last)
     scored = scorings(config, policy, reference, rollouts.batch, rollouts.advantage, design_of, (config.seed, step))
     return [_update(config, policy, optimizer, parameters, rollouts, step, scoring) for scoring in scored]
-
-
-def _design_of(config, profiles):
-    """The design for a number of views: the one asked for, or what the last profile recommends."""
-    if config.design != "auto":
-        return lambda views: config.design
-    last = CountProfile(**{k: v for k, v in profiles[-1].items() if k != "step"}) if profiles else None
-    return lambda views: recommend_design(last, views)[0]
 
 
 def _profile(config, policy, reference, rollouts, step):

@@ -7,11 +7,17 @@ import pytest
 import torch
 from conftest import completions, table_denoiser
 
+from rspo_lab import objectives, score_noise
+from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import elbo_draws, log_ratio_draws
+from rspo_lab.gap import gap_samples
+from rspo_lab.gradient_noise import gradient_rows, rollout_noise, scheme
 from rspo_lab.masks import DESIGNS
-from rspo_lab.measurement import gap_samples, gradient_rows, score_rows, table_anova, table_estimates
-from rspo_lab.oracle import count_moments, exact_scores, subset_tables
+from rspo_lab.oracle import count_moments, exact_elbo, exact_scores, subset_tables
+from rspo_lab.score_noise import score_rows, table_anova, table_estimates
+from rspo_lab.scores import scorings
 from rspo_lab.style import design_look
+from rspo_lab.training import Rollouts
 
 
 @pytest.mark.parametrize("name", DESIGNS)
@@ -34,7 +40,14 @@ def test_score_rows_against_the_oracle(small):
         for quantity in ("bias_score", "bias_d"):
             assert abs(value.loc[(views, quantity), "value"]) < 4 * value.loc[(views, quantity), "stderr"]
     measured = frame[~frame["quantity"].str.startswith("share")]
-    assert set(measured["quantity"]) == {"bias_score", "bias_d", "var_score", "var_d_shared", "var_d_independent"}
+    assert set(measured["quantity"]) == {"bias_score", "bias_d", "var_score", "var_d_shared", "var_d_independent", "reliability"}
+
+
+def held(rows, advantage, **changes):
+    """(config, rollouts) of given completions, two a prompt."""
+    config = TrainConfig(model="base-sudoku", task="sudoku", group=2, **{"lam": 0.4} | changes)
+    advantage = torch.tensor(advantage, dtype=torch.float64)
+    return config, Rollouts([None] * len(rows), completions(rows), advantage, advantage, {})
 
 
 def test_gradient_variance_against_all_masks():
@@ -42,15 +55,122 @@ def test_gradient_variance_against_all_masks():
     from test_estimators import count_support
 
     policy, reference = table_denoiser(3, 2, 0), table_denoiser(3, 2, 1)
-    batch, advantage = completions([[0, 1, 1]]), torch.tensor([0.7], dtype=torch.float64)
+    config, rollouts = held([[0, 1, 1]], [0.7])
     masks, law = count_support(3)
-    d = log_ratio_draws(policy, reference, batch, masks)[:, 0]
+    d = log_ratio_draws(policy, reference, rollouts.batch, masks)[:, 0]
     gradients = [torch.autograd.grad(-0.7 * x, policy.logits, retain_graph=True)[0].flatten() for x in d]  # centred: d_hat is 0
     stacked = torch.stack(gradients)
     exact = (law[:, None] * (stacked - (law[:, None] * stacked).sum(0)) ** 2).sum().item()
-    frame = gradient_rows(policy, reference, batch, advantage, designs=["count"], views=[1], redraws=1500, lam=0.4, seed=0)
-    row = frame.set_index("quantity").loc["var_gradient"]
+    frame = gradient_rows(config, policy, reference, rollouts, schemes=["count"], views=[1], redraws=1500, seed=0)
+    value = frame.set_index("quantity")
+    row = value.loc["var_gradient"]
     assert abs(row["value"] - exact) < 4 * row["stderr"] < 0.3 * exact
+    noise = (law * (d - (law * d).sum()) ** 2).sum().item()
+    row = value.loc["var_d_rollouts"]
+    assert abs(row["value"] - noise) < 4 * row["stderr"] < 0.3 * noise and row["cost"] == 1
+
+
+ROWS, ADVANTAGE = [[0, 1, 1], [1, 0, 1], [0, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 1]], [0.7, -0.7, 0.0, 0.0, 1.0, -1.0]
+
+
+def exact_gradient(config, policy, reference, rollouts):
+    """Of -mean (A - lam d_hat) d with exact scores."""
+    batch, advantage = rollouts.batch, rollouts.advantage
+    d = exact_elbo(policy, batch) - exact_elbo(reference, batch)
+    weight = advantage - config.lam * (d - d.mean())
+    return torch.autograd.grad(-(weight.detach() * d).mean(), policy.logits)[0].flatten()
+
+
+@pytest.mark.parametrize("text", ["count + two-level + allocated", "bsc + two-level + allocated", "bsc + two-level", "cycle + two-level"])
+def test_two_levels_leave_no_bias_in_the_gradient(text):
+    """Mean of the update's gradient over many masks, with the views shared out by noisy weights, against the exact one."""
+    policy, reference = table_denoiser(3, 2, 0), table_denoiser(3, 2, 1)
+    config, rollouts = held(ROWS, ADVANTAGE)
+    chosen = scheme(text, config, 2)
+    distinct, which = rollouts.batch.distinct()
+    gradients = []
+    for i in range(600):
+        (one,) = scorings(chosen, policy, reference, rollouts.batch, rollouts.advantage, lambda k: chosen.design, (7, text, i))
+        draws = elbo_draws(policy, distinct, one.masks)
+        d = (draws - one.baseline_of(draws))[:, which]
+        loss = objectives.rspo(d, rollouts.advantage, lam=config.lam).value
+        gradients.append(torch.autograd.grad(loss, policy.logits)[0].flatten())
+    stacked = torch.stack(gradients)
+    pairs = stacked[:300].mean(0) - exact_gradient(config, policy, reference, rollouts), stacked[300:].mean(0)
+    bias = (pairs[0] * (pairs[1] - exact_gradient(config, policy, reference, rollouts))).sum()  # unbiased for |bias|^2
+    noise = stacked.var(0).sum() / 300
+    assert bias.abs() < 0.3 * noise and noise < 0.4 * exact_gradient(config, policy, reference, rollouts).square().sum()
+
+
+def test_allocation_gives_more_views_to_larger_updates_at_the_same_cost():
+    policy, reference = table_denoiser(3, 2, 0), table_denoiser(3, 2, 1)
+    config, rollouts = held(ROWS, ADVANTAGE, lam=0.0)
+    chosen = scheme("count + two-level + allocated", config, 4)
+    (one,) = scorings(chosen, policy, reference, rollouts.batch, rollouts.advantage, lambda k: "count", (0,))
+    used = one.masks.hidden.any(-1).sum(0)
+    silent = rollouts.batch.distinct()[0].completion.sum(1) == 0
+    assert used.sum() == 4 * 5 and (used[silent] == 1).all() and (used[~silent] > 1).all()
+
+
+def test_a_scheme_costs_its_forwards():
+    """Two levels of 4 and 4 views: policy and reference on 4, forward and backward on 4, that is 20 forwards, 5 views of one level."""
+    policy, reference = table_denoiser(3, 2, 0), table_denoiser(3, 2, 1)
+    config, rollouts = held(ROWS, ADVANTAGE)
+    frame = gradient_rows(config, policy, reference, rollouts, schemes=["count", "count + two-level"], views=[4], redraws=2, seed=0)
+    cost = frame.drop_duplicates("design").set_index("design")["cost"] * 6 / 5  # five distinct of six
+    assert cost["count"] == pytest.approx(4) and cost["count + two-level"] == pytest.approx(5)
+    later = gradient_rows(config, policy, reference, rollouts, schemes=["count + two-level"], views=[4], redraws=2, seed=0, inner_steps=8)
+    assert later["cost"].iloc[0] * 6 / 5 == pytest.approx((2 * 16 / 8 + 4 * 4) / 4)
+
+
+def test_schemes_are_read_or_refused():
+    config, _ = held(ROWS, ADVANTAGE)
+    found = scheme("bsc(1, 0.5) + two-level + allocated", config, 3, inner_steps=8)
+    assert (found.design, found.views, found.old_views, found.allocate, found.common_masks) == ("bsc(1, 0.5)", 3, 12, True, False)
+    assert scheme("count + common", config, 2).common_masks and not scheme("count", config, 2).old_views
+    with pytest.raises(ValueError, match="may be followed by"):
+        scheme("count + fast", config, 2)
+    with pytest.raises(ValueError, match="old_views"):
+        scheme("count + allocated", config, 2)
+
+
+def test_rollout_noise_against_exact_gradients():
+    """Prompts' parts of the gradient with exact scores: their variance over prompts, / P."""
+    policy, reference = table_denoiser(3, 2, 0), table_denoiser(3, 2, 1)
+    config, rollouts = held(ROWS, ADVANTAGE)
+    d = exact_elbo(policy, rollouts.batch) - exact_elbo(reference, rollouts.batch)
+    weight = (rollouts.advantage - config.lam * (d - d.mean())).detach()
+    parts = []
+    for prompt in range(3):
+        rows = slice(2 * prompt, 2 * prompt + 2)
+        (part,) = torch.autograd.grad(-(weight[rows] * d[rows]).mean(), policy.logits, retain_graph=True)
+        parts.append(part.flatten())
+    exact = torch.stack(parts).var(0).sum().item() / 3
+    row = rollout_noise(config, policy, reference, rollouts, views=3000, seed=0).iloc[0]
+    assert row["value"] == pytest.approx(exact, rel=0.1) and row["quantity"] == "var_rollouts"
+
+
+def test_long_completions_are_measured_without_tables(small, monkeypatch):
+    """The same batch through the network instead of tables: the same variances and no bias beyond its error."""
+    args = dict(designs=["count", "coupled"], views=[2, 3], redraws=3000, seed=0)
+    tabled = score_rows(small.policy, small.reference, small.batch, **args)
+    monkeypatch.setattr(score_noise, "TABLED", 3)
+    frame = score_rows(small.policy, small.reference, small.batch, **args)
+    both = frame.merge(tabled, on=["design", "views", "quantity"])
+    noise = both[both["quantity"].str.startswith("var")]
+    assert len(noise) == 9 and (noise["value_x"] - noise["value_y"]).abs().max() < 1e-9  # the same masks, so the same numbers
+    bias = frame[frame["quantity"].str.startswith("bias")]
+    assert (bias["value"].abs() < 4.5 * bias["stderr"]).all() and not frame["quantity"].str.startswith("share").any()
+
+
+def test_reliability_and_exact_correlation_of_score_rows(small):
+    frame = score_rows(small.policy, small.reference, small.batch, designs=["count"], views=[4], redraws=2000, seed=0)
+    value = frame.set_index("quantity")["value"]
+    signal = (exact_elbo(small.policy, small.batch) - exact_elbo(small.reference, small.batch)).var().item()
+    assert value["reliability"] == pytest.approx(signal / (signal + value["var_d_shared"]))
+    four = small.batch.rows(torch.tensor([0, 1, 1, 2]))
+    again = score_rows(small.policy, small.reference, four, designs=["count"], views=[1], redraws=4, seed=0)
+    assert "correlation_exact" not in set(again["quantity"])  # three distinct points say nothing
 
 
 def test_gap_samples_are_exact_where_they_say_so(small):

@@ -10,9 +10,9 @@ decoding: "?" for a token to write; a diffusion model fills in around what stand
 import difflib
 from types import ModuleType
 
-from rspo_lab.tasks import countdown, sudoku
+from rspo_lab.tasks import countdown, sudoku, sums
 
-TASKS = {"sudoku": sudoku, "countdown": countdown}
+TASKS = {"sudoku": sudoku, "countdown": countdown, "sums": sums}
 
 
 def task(name: str) -> ModuleType:
