@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
 from rspo_lab import objectives
 from rspo_lab.advantages import ADVANTAGES, uninformative
 from rspo_lab.batch import Batch
-from rspo_lab.checkpoints import append, keep_steps, read, resume, save, save_snapshot
+from rspo_lab.checkpoints import append, keep_steps, read, resume, save, save_snapshot, saved_policy, trained_run
 from rspo_lab.config import TrainConfig
 from rspo_lab.diagnostics import gap_summary
 from rspo_lab.estimators import elbo_draws
@@ -166,6 +167,13 @@ def starting_point(config: TrainConfig) -> dict[str, float]:
     with torch.no_grad():
         score, same, other = (elbo_draws(m, batch, k) for m, k in ((policy, mine), (reference, mine), (reference, theirs)))
     return {"largest |d|, shared masks": (score - same).abs().max().item(), "independent masks": (score - other).abs().max().item()}
+
+
+def saved(trained: Path, step: int, **changes) -> tuple[TrainConfig, int, DiffusionLM, Callable]:
+    """(config with changes, step, policy, reference) of a training run's policy of that step; step 0 is the last one."""
+    config, policies = trained_run(trained)
+    step, folder = saved_policy(policies, step)
+    return replace(config, **changes), step, load(folder), reference_of(load(config.model))
 
 
 def held_still(config: TrainConfig, policy: DiffusionLM, *, prompts: int, group: int, seed: int) -> Rollouts:

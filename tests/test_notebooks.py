@@ -78,11 +78,13 @@ def test_train(trained):
 
 
 def test_variance(runs, trained):
-    small = {"views": [2, 4], "prompts": 2, "group": 2, "redraws": 400, "gradient_views": [2], "gradient_redraws": 3}
+    small = {"views": [2, 4], "prompts": 2, "group": 2, "redraws": 400, "gradient_views": [2], "gradient_redraws": 3, "step": 2}
     path = run(runs, "03_estimator_variance.ipynb", small | {"trained": str(trained)})
     frame = pd.read_parquet(path / "results.parquet")
     assert list(frame.columns) == ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
     value = frame.set_index(["design", "views", "quantity"])["value"]
+    assert set(frame["policy"]) == {"step 2"} and value["auto + two-level + allocated", 2, "var_gradient"] > 0
+    assert {p.stem for p in (path / "figures").iterdir()} == {"profile", "variance", "bias"}
     assert value["count", 2, "var_d_shared"] < value["count", 2, "var_d_independent"]
     error = frame.set_index(["design", "views", "quantity"])["stderr"]
     for design in ("count", "systematic", "coupled"):

@@ -8,7 +8,10 @@ import pytest
 from test_training import Folder, base, config  # noqa: F401
 
 from rspo_lab import report, study
+from rspo_lab.cli import main
+from rspo_lab.config import TrainConfig
 from rspo_lab.notebook import run_notebook
+from rspo_lab.parameters import complete, declared
 from rspo_lab.training import train
 
 
@@ -22,26 +25,88 @@ class Pictures(HTMLParser):
             self.sources.append(dict(attributes).get("src") or dict(attributes)["href"])
 
 
+SHEET = """
+title: A small study
+runs:
+  rspo:
+    notebook: 02_train.ipynb
+    seeds: [0, 1]
+    parameters: &arm {model: base-sudoku, task: sudoku, steps: 2, prompts: 2, group: 4, eval_every: 1, eval_problems: 8, device: cpu}
+  raw_advantage: {notebook: 02_train.ipynb, seeds: [0, 1], parameters: {<<: *arm, lam: 0.0}}
+  late:
+    notebook: 03_estimator_variance.ipynb
+    parameters: {trained: "@rspo", designs: [count, bsc, one_step], views: [1, 2], prompts: 2, group: 4, redraws: 50,
+                 schemes: [count, auto + two-level + allocated], gradient_views: [2], gradient_redraws: 3}
+"""
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, base):  # noqa: F811
-    """A study of two 2-step runs and one measurement, by the study's own jobs."""
-    root = tmp_path_factory.mktemp("runs") / "study"
-    small = {"model": base, "task": "sudoku", "steps": 2, "prompts": 2, "group": 4, "eval_every": 1, "eval_problems": 8, "device": "cpu"}
-    jobs = [study.Job("rspo", "02_train.ipynb", small), study.Job("raw_advantage", "02_train.ipynb", small | {"lam": 0.0})]
-    assert study.run_jobs(jobs, root, at_once=2) == 0
-    return root, jobs
+def finished(tmp_path_factory):
+    """A study of two arms of two seeds and one measurement, from its file."""
+    runs = tmp_path_factory.mktemp("runs")
+    (runs / "study.yaml").write_text(SHEET)
+    assert study.run_study(runs / "study.yaml", runs) == 0
+    waves, _ = study.read_study(runs / "study.yaml", runs / "study")
+    return runs / "study", waves[0]
+
+
+def test_a_study_file_ends_in_one_page_and_one_table(finished):
+    root, _ = finished
+    pictures = Pictures()
+    pictures.feed((root / "index.html").read_text())
+    assert all((root / source).is_file() for source in pictures.sources)
+    assert {"figures/arms.png", "figures/efficiency.png"} <= set(pictures.sources)
+    results = pd.read_parquet(root / "results.parquet")
+    assert list(results) == ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
+    assert set(results["policy"]) == {"late"} and {"var_gradient", "var_rollouts", "share_token_d", "reliability"} <= set(
+        results["quantity"]
+    )
+    assert set(results.loc[results["design"] == "one_step", "views"]) == {1}  # two views of it are refused, and left out
+    arms = pd.read_csv(root / "figures/arms.csv").set_index("arm")
+    assert list(arms.index) == ["rspo", "raw_advantage"] and (arms["seeds"] == 2).all()
+
+
+def test_arm_curves_add_up_what_was_spent(finished):
+    root, jobs = finished
+    path = jobs[0].path(root)
+    curve, records = report.arm_curve(path), report.history(path)
+    assert curve["step"].tolist() == [0, 1, 2] and curve["rate"].tolist() == [r["eval_solve_rate"] for r in records]
+    assert curve["forwards"].tolist() == pytest.approx([0, records[1]["forwards"], records[1]["forwards"] + records[2]["forwards"]])
+    assert curve["seconds"].is_monotonic_increasing and curve["seconds"].iloc[0] == 0
+    assert records[1]["forwards"] == pytest.approx(4 * records[1]["forward_passes"])  # one level: reference, policy, backward (2)
+
+
+@pytest.mark.parametrize("file", sorted((study.NOTEBOOKS / "studies").glob("*.yaml")), ids=lambda file: file.stem)
+def test_committed_studies_are_valid(file, tmp_path):
+    waves, title = study.read_study(file, tmp_path)
+    places = [job.path(tmp_path) for jobs in waves for job in jobs]
+    assert title and len(set(places)) == len(places)
+    for job in waves[0]:
+        if job.notebook == "02_train.ipynb":
+            TrainConfig(**complete(declared(study.NOTEBOOKS / job.notebook), job.given))
+
+
+@pytest.mark.parametrize("change, said", [
+    (("title: A small study", ""), "a study is `title: text`"), (("seeds: [0, 1]", "sedes: [0, 1]"), "'rspo' takes notebook, seeds"),
+    (("02_train", "2_train"), "there is no notebook '2_train.ipynb'"), (("@rspo", "@rsop"), "'late': @rsop names no run above it"),
+    (("lam: 0.0", "lamm: 0.0"), "'raw_advantage': unknown parameter 'lamm'"),
+])  # fmt: skip
+def test_a_bad_study_file_is_refused_before_anything_runs(change, said, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(SHEET.replace(*change, 1))
+    assert main(["study", str(tmp_path / "bad.yaml"), "--runs", str(tmp_path / "runs")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_second_call_skips_and_says_so(finished, capsys):
     root, jobs = finished
     assert study.run_jobs(jobs, root, at_once=2) == 0
     said = capsys.readouterr().out
-    assert said.count("already done, skipped") == 2
+    assert said.count("already done, skipped") == 4
 
 
 def test_page_shows_files_that_exist(finished):
     root, jobs = finished
-    rspo, raw = (job.path(root) for job in jobs)
+    rspo, raw = (job.path(root) for job in jobs[::2])
     gap = run_notebook(
         study.NOTEBOOKS / "04_logratio_gap.ipynb", {"trained": str(rspo), "prompts": 2, "group": 2}, runs=root, report=lambda line: None
     ).path
