@@ -70,17 +70,20 @@ def efficiency_figure(efficiency: pd.DataFrame, views: dict[str, int]) -> Figure
                 rows = part[part["design"] == design]
                 place = [policies.index(p) + (i - (len(designs) - 1) / 2) * 0.8 / max(len(designs), 1) for p in rows["policy"]]
                 look = looks[design] | {"linestyle": ""}
-                handles[design] = axis.errorbar(rows["ratio"], place, xerr=rows["half"], **look, capsize=1, elinewidth=0.6)
+                spread = np.exp(rows["half"] / rows["ratio"])  # symmetric on a log axis
+                whiskers = [rows["ratio"] - rows["ratio"] / spread, rows["ratio"] * spread - rows["ratio"]]
+                handles[design] = axis.errorbar(rows["ratio"], place, xerr=whiskers, **look, capsize=1, elinewidth=0.6)
             for edge in range(1, len(policies)):
                 axis.axhline(edge - 0.5, color="#dddddd", linewidth=0.5)
             axis.axvline(1, color=INK, linewidth=0.7, linestyle="--")
             axis.set_yticks(range(len(policies)), policies)
             axis.set_ylim(len(policies) - 0.5, -0.5)
-            axis.set(title=f"{titles[quantity]} at {k} views: times lower than count", xscale="log")
+            axis.set(title=f"{titles[quantity]}, {k} views", xscale="log")
             axis.grid(axis="y", visible=False)
             ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if axis.get_xlim()[0] <= t <= axis.get_xlim()[1]]
             axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axis.minorticks_off()
+        axes[-1].set_xlabel("times less variance than count, at equal cost")
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2)
     return figure
 

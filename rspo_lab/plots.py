@@ -71,7 +71,7 @@ def learning_figure(runs: dict[str, list[dict]], colours: dict[str, str], proble
 
 def arms_figure(arms: dict[str, list[pd.DataFrame]]) -> Figure:
     """Held-out solve rate against step, scoring forwards and seconds, a line an arm: mean over its seeds, bars 95 % Student."""
-    colours = list(OKABE_ITO.values())
+    colours = [OKABE_ITO[name] for name in ("blue", "vermillion", "green", "orange", "purple", "sky")]
     with new_figure(PAGE, 2.1) as figure:
         axes = figure.subplots(1, 3, sharey=True)
         for (label, seeds), colour, marker in zip(arms.items(), colours, "os^DPX"):
@@ -80,7 +80,7 @@ def arms_figure(arms: dict[str, list[pd.DataFrame]]) -> Figure:
             half = [mean_interval(list(row))[2] - row.mean() if len(row) > 1 else 0.0 for row in rates]
             for axis, column in zip(axes, range(3)):
                 axis.errorbar(mean[:, column], mean[:, 3], half, color=colour, marker=marker, label=label, elinewidth=0.5, capsize=1.5)
-        for axis, label in zip(axes, ("step", "scoring forwards a completion", "seconds")):
+        for axis, label in zip(axes, ("step", "scoring forwards a completion", "seconds of updates")):
             axis.set_xlabel(label)
         axes[0].set_title("Held-out solve rate, greedy")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(arms))

@@ -85,7 +85,10 @@ def sheet_page(root: Path, title: str, runs: list[tuple[str, Path]]) -> Path:
         found = efficiency(results)
         figure = noise_plots.efficiency_figure(found, {name: _shared_views(found, name) for name in ("var_d_shared", "var_gradient")})
         parts += [_saved(root, "efficiency", figure, found)]
-        parts += [factors(results).reset_index().to_html(index=False, border=0)]
+        for baseline in ("count", "t_redraw"):
+            if baseline in set(results["design"]):
+                parts += [f"<p>Times less variance than {baseline} at equal cost:</p>"]
+                parts += [factors(results, baseline).reset_index().to_html(index=False, border=0)]
         for quantity in ("share", "correlation", "var_rollouts"):
             some = results[results["quantity"].str.startswith(quantity)]
             parts += [some[["policy", "quantity", "value", "stderr"]].round(3).to_html(index=False, border=0)] if len(some) else []
