@@ -116,18 +116,28 @@ def arm_curve(path: Path) -> pd.DataFrame:
 
 
 def arms_table(arms: dict[str, list[Path]]) -> pd.DataFrame:
-    """A row an arm: final and mean held-out solve rate in % over its seeds with 95 % Student intervals, and what scoring cost."""
-    rows = []
+    """A row an arm: final and mean held-out solve rate in % over its seeds with 95 % Student intervals, and what scoring cost.
+
+    "over the first": points above the first arm, final and mean, paired by seed (equal seeds start from equal rollouts).
+    """
+    rows, first = [], None
     for name, paths in arms.items():
         curves = [arm_curve(path) for path in paths]
         final, area = ([100 * f(c["rate"]) for c in curves] for f in (lambda r: r.iloc[-1], lambda r: r.iloc[1:].mean()))
+        by_seed = {read_json(path / "config.json")["seed"]: pair for path, pair in zip(paths, zip(final, area))}
+        first = first or by_seed
         row = {"arm": name, "seeds": len(paths), "each seed": " ".join(f"{v:.1f}" for v in final)}
         for label, values in (("final, %", final), ("mean over evaluations, %", area)):
             mean, low, high = mean_interval(values)
             row[label] = f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+        shared = [seed for seed in by_seed if seed in first]
+        if len(shared) > 1 and first is not by_seed:
+            for i, label in enumerate(("final", "mean")):
+                mean, low, high = mean_interval([by_seed[seed][i] - first[seed][i] for seed in shared])
+                row[f"{label} over the first, points"] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
         row["forwards a completion"] = f"{sum(c['forwards'].iloc[-1] for c in curves) / len(curves):.0f}"
         rows.append(row | {"update s": f"{sum(c['seconds'].iloc[-1] for c in curves) / len(curves):.0f}"})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).fillna("")
 
 
 def _shared_views(found: pd.DataFrame, quantity: str) -> int:

@@ -76,6 +76,27 @@ def test_arm_curves_add_up_what_was_spent(finished):
     assert records[1]["forwards"] == pytest.approx(4 * records[1]["forward_passes"])  # one level: reference, policy, backward (2)
 
 
+def test_arms_table_by_hand(tmp_path):
+    """Two arms of two seeds: final rates 60, 80 and 70, 100; the paired difference is 15 +- 12.706 * 5."""
+    arms = {}
+    for arm, finals in (("a", (0.6, 0.8)), ("b", (0.7, 1.0))):
+        for seed, final in enumerate(finals):
+            folder = tmp_path / f"{arm}{seed}"
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps({"seed": seed}))
+            records = [
+                {"step": 0, "eval_solve_rate": 0.5},
+                {"step": 1, "forwards": 3.0},
+                {"step": 2, "forwards": 4.0, "eval_solve_rate": final},
+            ]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+            (folder / "timing.jsonl").write_text("".join(json.dumps({"step": i, "update_s": 2.0}) + "\n" for i in (1, 2)))
+            arms.setdefault(arm, []).append(folder)
+    a, b = report.arms_table(arms).to_dict("records")
+    assert a["final, %"].startswith("70.0 [") and a["each seed"] == "60.0 80.0" and a["final over the first, points"] == ""
+    assert b["final over the first, points"] == "+15.0 [-48.5, +78.5]" and b["forwards a completion"] == "7" and b["update s"] == "4"
+
+
 @pytest.mark.parametrize("file", sorted((study.NOTEBOOKS / "studies").glob("*.yaml")), ids=lambda file: file.stem)
 def test_committed_studies_are_valid(file, tmp_path):
     waves, title = study.read_study(file, tmp_path)
