@@ -86,7 +86,8 @@ class TrainConfig:
         if self.allocate and (not self.old_views or self.common_masks or self.residual != "shared"):
             raise ValueError("allocate weighs completions on old_views, so set these; it goes with own masks and residual='shared'")
         design = "bsc" if self.design == "auto" else self.design
-        for views in (self.old_views or self.views, self.views):  # a design refuses numbers that it cannot make
+        numbers = [self.old_views or self.views, *(range(1, self.views + 2) if self.allocate else ()), self.views]
+        for views in numbers:  # a design refuses those that it cannot make
             masks = design_named(design)(torch.ones(1, 4, dtype=torch.bool), views, generator=torch.Generator())
         if self.residual == "leave_one_out" and masks.replicates < 2:
             raise ValueError(f"leave_one_out needs 2 replicates, {self.design} makes 1 of {self.views} views: raise views or take count")

@@ -125,7 +125,7 @@ def load(name: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.f
         from peft import PeftModel
 
         base = load(json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"], device=device, dtype=dtype)
-        base.hf = PeftModel.from_pretrained(base.hf, name)
+        base.hf = PeftModel.from_pretrained(base.hf, name, is_trainable=True)
         return base
     hf, found = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, trust_remote_code=False

@@ -49,7 +49,7 @@ def profile_figure(profile) -> Figure:
             axis.plot(seen[:, 0], np.exp(start) * seen[:, 0] ** slope, color=INK, linestyle="--", linewidth=0.8, label=label)
             axis.set(xscale="log", yscale="log")
         axis.set(xlabel="hidden tokens l", ylabel="nats")
-        axis.set_xticks(profile.size, [str(n) for n in profile.size])
+        axis.set_xticks(profile.size, [f"{n:.3g}" for n in profile.size])
         axis.minorticks_off()
         axis.legend()
     return figure
@@ -95,11 +95,11 @@ def bias_figure(results: pd.DataFrame) -> Figure:
         axes = figure.subplots(1, 2, sharey=True)
         for axis, quantity in zip(axes, ("bias_score", "bias_d")):
             part = results[results["quantity"] == quantity]
-            designs = list(part["design"].unique())
+            designs, views = list(part["design"].unique()), sorted(part["views"].unique())
             for i, (design, rows) in enumerate(part.groupby("design", sort=False)):
-                place = np.arange(len(rows)) + (i - (len(designs) - 1) / 2) * 0.7 / len(designs)
+                place = [views.index(k) + (i - (len(designs) - 1) / 2) * 0.7 / len(designs) for k in rows["views"]]
                 axis.errorbar(place, rows["value"], 1.96 * rows["stderr"], **looks[design] | {"linestyle": ""}, label=design, capsize=1.5)
-                axis.set_xticks(range(len(rows)), [str(v) for v in rows["views"]])
+            axis.set_xticks(range(len(views)), [str(k) for k in views])
             axis.axhline(0, color=INK, linewidth=0.7)
             axis.set(title=f"Bias of {'the score' if quantity == 'bias_score' else 'd'}, nats", xlabel="views")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)

@@ -2,6 +2,7 @@
 
 import html
 import json
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -76,15 +77,20 @@ def sheet_page(root: Path, title: str, runs: list[tuple[str, Path]]) -> Path:
         table = arms_table(arms)
         parts += [_saved(root, "arms", plots.arms_figure({name: [arm_curve(p) for p in paths] for name, paths in arms.items()}), table)]
         parts += [table.to_html(index=False, border=0)]
-    frames = [pd.read_parquet(path / "results.parquet").assign(policy=name) for name, path in runs if (path / "results.parquet").is_file()]
+    times, frames = Counter(name for name, _ in runs), []
+    for name, path in runs:
+        if (path / "results.parquet").is_file():
+            label = name if times[name] == 1 else f"{name} (seed {read_json(path / 'params.json')['seed']})"
+            frames.append(pd.read_parquet(path / "results.parquet").assign(policy=label))
     frames = [frame[RESULTS] for frame in frames if set(RESULTS) <= set(frame)]
     if frames:
         results = pd.concat(frames, ignore_index=True)
         with replacing(root / "results.parquet") as path:
             results.to_parquet(path)
         found = efficiency(results)
-        figure = noise_plots.efficiency_figure(found, {name: _shared_views(found, name) for name in ("var_d_shared", "var_gradient")})
-        parts += [_saved(root, "efficiency", figure, found)]
+        views = {name: _shared_views(found, name) for name in ("var_d_shared", "var_gradient")}
+        if views := {name: k for name, k in views.items() if k}:
+            parts += [_saved(root, "efficiency", noise_plots.efficiency_figure(found, views), found)]
         for baseline in ("count", "t_redraw"):
             if baseline in set(results["design"]):
                 parts += [f"<p>Times less variance than {baseline} at equal cost:</p>"]
@@ -141,9 +147,9 @@ def arms_table(arms: dict[str, list[Path]]) -> pd.DataFrame:
 
 
 def _shared_views(found: pd.DataFrame, quantity: str) -> int:
-    """The most views that every policy was measured at."""
+    """The most views that every policy was measured at; 0 if there is no such number."""
     views = [set(part["views"]) for _, part in found[found["quantity"] == quantity].groupby("policy")]
-    return max(set.intersection(*views))
+    return max(set.intersection(*views), default=0) if views else 0
 
 
 def _saved(root: Path, name: str, figure, data: pd.DataFrame) -> str:

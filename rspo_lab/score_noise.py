@@ -53,7 +53,7 @@ def score_rows(
         score, base = many.mean(0), fewer.mean(0)
         uncertain = {"score": many.var(0) / PERMUTATIONS, "d": (many - fewer).var(0) / PERMUTATIONS}
     valid, rows, done = batch.valid.cpu().repeat_interleave(redraws, 0), [], 0
-    signal = (score - base).var().item()
+    signal = max((score - base).var().item() - uncertain["d"].mean().item(), 0.0)
     for design in designs:
         for k in views:
             done += 1
@@ -174,6 +174,7 @@ def efficiency(results: pd.DataFrame, baseline: str = "count") -> pd.DataFrame:
     """
     hidden = {"t_iid", "t_redraw"} - {baseline}
     part = results[results["quantity"].str.startswith("var_") & (results["quantity"] != "var_rollouts") & ~results["design"].isin(hidden)]
+    part = part[part["value"] > 0]  # a design without noise has no ratio
     part = part.assign(work=part["value"] * part["cost"], relative=part["stderr"] / part["value"])
     keys = [name for name in ("task", "policy", "quantity", "views") if name in part]
     base = part.loc[part["design"] == baseline, [*keys, "work", "relative"]]

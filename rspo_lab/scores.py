@@ -71,9 +71,11 @@ def scorings(
         score = elbo_draws(policy, distinct, many, slice_size=size).mean(0)
         ratio = score - elbo_draws(reference, distinct, many, slice_size=size).mean(0)
     if config.allocate:
-        weight = advantage.to(ratio) - config.lam * (ratio - ratio[which].mean())[which]
+        unit = 1 / distinct.valid.sum(1).to(ratio) if config.score_unit == "token" else torch.ones_like(ratio)
+        d = (ratio * unit)[which][None]
+        weight = advantage.to(ratio) - config.lam * (d - objectives.centre(d, config.scope_of(d)))[0]
         total = torch.zeros_like(ratio).index_add(0, which, weight)
-        each = allocate((total * score).abs().cpu(), config.views)
+        each = allocate((total * score * unit).abs().cpu(), config.views)
         updates = [drawn(design_of, valid, each, generator=generator(*key, i, "masks")) for i in range(config.inner_steps)]
     else:
         updates = [masks_of(config.views, inner) for inner in range(config.inner_steps)]

@@ -98,7 +98,7 @@ def run_study(file: Path, runs: Path) -> int:
 
 
 def read_study(file: Path, root: Path) -> tuple[list[list[Job]], str]:
-    """(runs that need nothing, then runs of runs that need one of these; the title) of a YAML file.
+    """(runs that need nothing, those that need one of these, and so on; the title) of a YAML file.
 
     `title: text` and `runs: {name: {notebook: file.ipynb, seeds: [0, 1], parameters: {...}}}`; a parameter "@name" is the folder of
     the run of that name.  ValueError, naming the run, for anything else and for parameters that the notebook does not take.
@@ -106,27 +106,28 @@ def read_study(file: Path, root: Path) -> tuple[list[list[Job]], str]:
     sheet = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(sheet, dict) or set(sheet) != {"title", "runs"} or not isinstance(sheet["runs"], dict):
         raise ValueError(f"{file}: a study is `title: text` and `runs:` with a name for every run")
-    waves, places = ([], []), {}
+    waves, places = {}, {}
     for name, run in sheet["runs"].items():
         if not isinstance(run, dict) or not {"notebook"} <= set(run) <= {"notebook", "seeds", "parameters"}:
             raise ValueError(f"{file}: run {name!r} takes notebook, seeds and parameters")
         if not (NOTEBOOKS / run["notebook"]).is_file():
             raise ValueError(f"{file}: run {name!r}: there is no notebook {run['notebook']!r} in {NOTEBOOKS}")
-        given, needs = dict(run.get("parameters") or {}), False
+        given, wave = dict(run.get("parameters") or {}), 0
         for parameter, value in given.items():
             if isinstance(value, str) and value.startswith("@"):
                 if value[1:] not in places:
                     raise ValueError(f"{file}: run {name!r}: {value} names no run above it")
-                given[parameter], needs = places[value[1:]], True
+                given[parameter], after = places[value[1:]]
+                wave = max(wave, after + 1)
         for seed in run.get("seeds") or [None]:
             job = Job(str(name), run["notebook"], given if seed is None else given | {"seed": seed})
             try:
                 place = job.path(root)
             except ValueError as error:
                 raise ValueError(f"{file}: run {name!r}: {error}") from None
-            places.setdefault(str(name), str(place))
-            waves[needs].append(job)
-    return [jobs for jobs in waves if jobs], str(sheet["title"])
+            places.setdefault(str(name), (str(place), wave))
+            waves.setdefault(wave, []).append(job)
+    return [waves[wave] for wave in sorted(waves)], str(sheet["title"])
 
 
 def run_jobs(jobs: list[Job], root: Path, *, at_once: int) -> int:

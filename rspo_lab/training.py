@@ -92,7 +92,8 @@ def train(
             rolled = time.perf_counter()
             updates = _updates(config, policy, reference, optimizer, parameters, rollouts, step, profiles)
             on_policy, d = updates[0]
-            record = {"step": step} | rollouts.record | on_policy
+            spent = {name: sum(update[name] for update, _ in updates) for name in ("forward_passes", "forwards")}
+            record = {"step": step} | rollouts.record | on_policy | spent
             timing = {"step": step, "rollout_s": rolled - began, "update_s": time.perf_counter() - rolled, "peak_gib": _peak_gib(device)}
             if step % config.eval_every == 0 or step == config.steps:
                 if config.design == "auto" and len(rollouts.batch):
@@ -173,7 +174,8 @@ def saved(trained: Path, step: int, **changes) -> tuple[TrainConfig, int, Diffus
     """(config with changes, step, policy, reference) of a training run's policy of that step; step 0 is the last one."""
     config, policies = trained_run(trained)
     step, folder = saved_policy(policies, step)
-    return replace(config, **changes), step, load(folder), reference_of(load(config.model))
+    placed = {"device": config.device, "dtype": getattr(torch, config.dtype)}
+    return replace(config, **changes), step, load(folder, **placed), reference_of(load(config.model, **placed))
 
 
 def held_still(config: TrainConfig, policy: DiffusionLM, *, prompts: int, group: int, seed: int) -> Rollouts:
@@ -195,8 +197,9 @@ def _updates(config, policy, reference, optimizer, parameters, rollouts, step, p
 
 def _profile(config, policy, reference, rollouts, step):
     """The count profile of up to 64 of a rollout's distinct completions."""
-    some = rollouts.batch.distinct()[0].rows(slice(0, 64))
-    return count_profile(policy, reference, some, pairs=8, generator=generator(config.seed, step, "profile"), slice_size=config.slice_size)
+    draw, (distinct, _) = generator(config.seed, step, "profile"), rollouts.batch.distinct()
+    some = distinct.rows(torch.randperm(len(distinct), generator=draw)[:64].to(distinct.valid.device))
+    return count_profile(policy, reference, some, pairs=8, generator=draw, slice_size=config.slice_size)
 
 
 def _update(config, policy, optimizer, parameters, rollouts, step, scoring):
@@ -222,8 +225,9 @@ def _update(config, policy, optimizer, parameters, rollouts, step, scoring):
     optimizer.step()
     d = (score - scoring.baseline_of(score))[:, which] * unit
     record = {"loss": loss.value.item(), "gradient_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
-    share = len(distinct) / len(batch)
-    record |= {"forward_passes": masks.forward_passes * share, "forwards": (3 * masks.forward_passes + scoring.forwards) * share}
+    share = len(distinct) / (config.prompts * config.group)  # a completion, skipped ones too
+    passes = 3 if masks.hidden.any(-1).sum() <= config.slice_size else 4
+    record |= {"forward_passes": masks.forward_passes * share, "forwards": (passes * masks.forward_passes + scoring.forwards) * share}
     lam = config.lam if config.objective == "rspo" else 0.0
     record |= loss.log | gap_summary(d, weight, lam, config.scope_of(d))
     if config.old_views:

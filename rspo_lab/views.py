@@ -3,6 +3,7 @@
 Shapes: M masked views, B sequences, L completion tokens; u = valid tokens of a row.  Nats.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,9 +66,10 @@ def allocate(scale: Float[Tensor, " B"], views: int) -> Int[Tensor, " B"]:
 class CountProfile:
     """How the noise of one view of a log-ratio depends on how many tokens it hides."""
 
-    size: list[int]  # l, the lower end of a bin of sizes
+    size: list[float]  # l; the geometric mean of a bin of sizes
     sd: list[float]  # nats: of u/l g(S) within a size, over all completions
-    signal: float  # nats^2: variance of the log-ratio between completions
+    pairs: list[int]  # pairs of views that it was measured on, in proportion to how often `count` draws such sizes
+    signal: float  # nats^2: variance of the ELBO ratio between the (distinct) completions
     tokens: float  # mean u
 
 
@@ -75,26 +77,34 @@ class CountProfile:
 def count_profile(
     policy: Callable, reference: Callable, batch: Batch, *, pairs: int, generator: torch.Generator, slice_size: int | None = None
 ) -> CountProfile:  # fmt: skip
-    """The profile of d from `pairs` pairs of views a sequence; the views of a pair hide as many tokens, drawn independently.
+    """The profile of d from `pairs` (even) pairs of views a sequence; the views of a pair hide as many tokens, drawn independently.
 
-    Sizes are spread evenly over 1..u, so half the squared difference of a pair is free of what differs between sizes.  Sizes share
-    bins [2^i, 2^(i+1)) above 8.
+    Half the squared difference of a pair is free of what differs between sizes.  Sizes are spread evenly over 1..u, apart for
+    each half of the pairs, so that the product of the halves' means is free of noise.  From 8 on, sizes share bins [2^i, 2^(i+1)).
     """
-    valid = batch.valid.cpu()
-    used, level, values = valid.sum(1), spread_levels(valid, pairs, generator), []
+    if pairs < 2 or pairs % 2:
+        raise ValueError(f"a profile compares two halves of its pairs: pairs must be even, not {pairs}")
+    valid, means, sizes, halves = batch.valid.cpu(), [], [], []
+    used = valid.sum(1)
     for _ in range(2):
-        order = random_order(valid.expand(pairs, -1, -1), generator)
-        masks = count_masks(valid, used, level, order, torch.arange(pairs))
-        values.append(log_ratio_draws(policy, reference, batch, masks, slice_size=slice_size).cpu())
-    first, second = (v.double() for v in values)
-    size = masks.hidden.sum(-1)
-    inside = size < used  # all hidden: nothing to draw
-    binned = torch.where(size <= 8, size, 2 ** size.double().log2().floor().long())
-    half = (first - second).square() / 2
-    sizes = binned[inside].unique().tolist()
-    sd = [half[inside & (binned == n)].mean().sqrt().item() for n in sizes]
-    a, b = (v.mean(0) - v.mean() for v in (first, second))
-    return CountProfile(sizes, sd, max((a * b).sum().item() / max(len(batch) - 1, 1), 0.0), used.double().mean().item())
+        level, values = spread_levels(valid, pairs // 2, generator), []
+        for _ in range(2):
+            masks = count_masks(valid, used, level, random_order(valid.expand(pairs // 2, -1, -1), generator), torch.arange(pairs // 2))
+            values.append(log_ratio_draws(policy, reference, batch, masks, slice_size=slice_size).double().cpu())
+        sizes.append(masks.hidden.sum(-1))
+        halves.append((values[0] - values[1]).square() / 2)
+        means.append((values[0] + values[1]).mean(0) / 2)
+    size, half = torch.cat(sizes), torch.cat(halves)
+    bins = torch.where(size < 8, size, 2 ** size.double().log2().floor().long()).where(size < used, 0)  # all hidden: nothing to draw
+    found = [bins == n for n in bins[bins > 0].unique()]
+    a, b = (mean - mean.mean() for mean in means)
+    return CountProfile(
+        size=[size[here].double().log().mean().exp().item() for here in found],
+        sd=[half[here].mean().sqrt().item() for here in found],
+        pairs=[int(here.sum()) for here in found],
+        signal=max((a * b).sum().item() / max(len(batch) - 1, 1), 0.0),
+        tokens=used.double().mean().item(),
+    )
 
 
 def recommend_design(profile: CountProfile | None, views: int = 0) -> tuple[str, int]:
@@ -102,21 +112,23 @@ def recommend_design(profile: CountProfile | None, views: int = 0) -> tuple[str,
 
     Design: sizes cost the least noise when drawn as often as sd(l) says (Neyman), so `bsc(alpha, 0.5)` with alpha the negative slope
     of log sd over log l, from 0 to 1, or 0.5 where d has no spread yet; for 32 tokens or more, and 4 views or more, `cyck` of all
-    views, which scores every token once.
+    views, which scores every token once (BIASED, see there; `cycle` is not, at a cost that varies).
     Views: the smallest power of two up to 32 at which mask noise, (mean sd over sizes)^2 / views, is no more than the variance
     between completions: a reliability of one half.
     """
     if profile is None:
         return "bsc(0.5, 0.5)", views or 4
     if not views:
-        noise, views = (sum(profile.sd) / max(len(profile.sd), 1)) ** 2, 1
+        noise = (sum(n * sd for n, sd in zip(profile.pairs, profile.sd)) / max(sum(profile.pairs), 1)) ** 2
+        views = 1
         while views < MOST_VIEWS and noise / views > profile.signal:
             views *= 2
     if profile.tokens >= LONG and views >= 4:
         return f"cyck({views})", views
-    seen = [(n, sd) for n, sd in zip(profile.size, profile.sd) if sd > 0]
+    seen = [(math.log(size), math.log(sd), n) for size, sd, n in zip(profile.size, profile.sd, profile.pairs) if sd > 0]
     if len(seen) < 2:
         return "bsc(0.5, 0.5)", views
-    x, y = torch.tensor(seen, dtype=torch.float64).log().T
-    slope = ((x - x.mean()) * y).sum() / (x - x.mean()).square().sum()
+    x, y, weight = torch.tensor(seen, dtype=torch.float64).T
+    away = x - (weight * x).sum() / weight.sum()
+    slope = (weight * away * y).sum() / (weight * away.square()).sum()
     return f"bsc({min(max(-slope.item(), 0.0), 1.0):.2f}, 0.5)", views

@@ -107,6 +107,31 @@ def test_committed_studies_are_valid(file, tmp_path):
             TrainConfig(**complete(declared(study.NOTEBOOKS / job.notebook), job.given))
 
 
+def test_runs_wait_for_the_runs_that_they_name(tmp_path):
+    sheet = SHEET + '  later: {notebook: 04_logratio_gap.ipynb, parameters: {trained: "@late"}}\n'
+    (tmp_path / "chain.yaml").write_text(sheet)
+    waves, _ = study.read_study(tmp_path / "chain.yaml", tmp_path)
+    assert [{job.name for job in jobs} for jobs in waves] == [{"rspo", "raw_advantage"}, {"late"}, {"later"}]
+    assert waves[2][0].given["trained"] == str(waves[1][0].path(tmp_path))
+
+
+def test_a_page_without_common_views_or_with_seeds_of_a_measurement(finished, tmp_path):
+    """Two seeds of one measurement, and one at other views: the page is written, with the tables and without that figure."""
+    root, _ = finished
+    (late,) = (root / "late").iterdir()
+    results, runs = pd.read_parquet(late / "results.parquet"), []
+    for seed, views in ((0, 2), (1, 2), (2, 4)):
+        folder = tmp_path / f"m/{seed}"
+        folder.mkdir(parents=True)
+        (folder / "params.json").write_text(json.dumps({"seed": seed}))
+        (folder / "provenance.json").write_text("{}")
+        results[results["views"] == 2].assign(views=views).to_parquet(folder / "results.parquet")
+        runs.append(("m", folder))
+    page = report.sheet_page(tmp_path, "t", runs)
+    assert "m (seed 1)" in page.read_text() and not (tmp_path / "figures/efficiency.png").exists()
+    assert len(pd.read_parquet(tmp_path / "results.parquet")["policy"].unique()) == 3
+
+
 @pytest.mark.parametrize("change, said", [
     (("title: A small study", ""), "a study is `title: text`"), (("seeds: [0, 1]", "sedes: [0, 1]"), "'rspo' takes notebook, seeds"),
     (("02_train", "2_train"), "there is no notebook '2_train.ipynb'"), (("@rspo", "@rsop"), "'late': @rsop names no run above it"),

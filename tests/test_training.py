@@ -97,12 +97,13 @@ def weights(folder):
     return (folder / "snapshots/000004/model.safetensors").read_bytes()
 
 
+AUTO = {"design": "auto", "old_views": 2, "allocate": True, "eval_every": 5}  # what a resumed run must know of its past
 KILLED = """
 import sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
-from test_training import Folder, config
+from test_training import AUTO, Folder, config
 from rspo_lab.training import train
-train(config({base!r}, steps=40, snapshots=1, eval_every=20, checkpoint_every=4), Folder({folder!r}))
+train(config({base!r}, **AUTO, steps=40, snapshots=1, checkpoint_every=4), Folder({folder!r}))
 """
 
 
@@ -121,12 +122,12 @@ def test_sigkill_and_resume_is_bitwise(base, tmp_path):
         assert process.wait() == -signal.SIGKILL
     with metrics.open("a") as file:
         file.write('{"step": 99, "half a li')  # what a kill in the middle of a write leaves
-    undisturbed = config(base, steps=40, snapshots=1, eval_every=20, checkpoint_every=4)
+    undisturbed = config(base, **AUTO, steps=40, snapshots=1, checkpoint_every=4)
     resumed = Folder(tmp_path / "killed")
     train(undisturbed, resumed)
     assert 1 < resumed.seen[0] <= 40
     train(undisturbed, Folder(tmp_path / "whole"))
-    for name in ("metrics.jsonl", "sequences.jsonl", "snapshots/000040/model.safetensors"):
+    for name in ("metrics.jsonl", "sequences.jsonl", "profile.jsonl", "snapshots/000040/model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     moved = [r for r in map(json.loads, (tmp_path / "whole/metrics.jsonl").read_text().splitlines()) if r.get("gradient_norm")]
     assert len(moved) > 20  # a run that learned nothing would prove nothing
@@ -208,6 +209,25 @@ def test_two_levels_draw_their_masks_apart(base, tmp_path, monkeypatch):
     assert sorted(views for views, _ in drawn) == [2, 2, 16] and len({seed for _, seed in drawn}) == 3
 
 
+def test_forwards_count_every_update_and_every_model(base, tmp_path):
+    """One level: reference, policy and a backward (2) a view; the views of both updates; skipped completions count as completions."""
+    records = train(config(base, steps=1, inner_steps=2), Folder(tmp_path / "a"))
+    once = train(config(base, steps=1), Folder(tmp_path / "b"))
+    assert records[1]["forwards"] == pytest.approx(4 * records[1]["forward_passes"]) == pytest.approx(2 * once[1]["forwards"])
+    skipped = train(config(base, steps=1, zero_variance="skip"), Folder(tmp_path / "c"))
+    assert skipped[1]["zero_variance_groups"] > 0 and skipped[1]["forwards"] < once[1]["forwards"]
+    sliced = train(config(base, steps=1, slice_size=2), Folder(tmp_path / "d"))
+    assert sliced[1]["forwards"] == pytest.approx(5 * sliced[1]["forward_passes"])  # a pass without gradient comes first
+
+
+def test_auto_takes_what_the_last_profile_recommends(base, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(scores, "recommend_design", lambda profile, views: (seen.append(profile), ("bsc(0.5, 0.5)", views))[1])
+    train(config(base, steps=3, eval_every=2, design="auto"), Folder(tmp_path))
+    (written,) = [json.loads(line) for line in (tmp_path / "profile.jsonl").read_text().splitlines() if json.loads(line)["step"] == 2]
+    assert seen[:2] == [None, None] and seen[2].sd == written["sd"] and seen[2].pairs == written["pairs"]
+
+
 def test_a_checkpoint_older_than_a_field_is_resumed_at_its_default(base, tmp_path):
     train(config(base, steps=2), Folder(tmp_path))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -227,6 +247,9 @@ def test_lora_snapshots_load_as_what_was_trained(base, tmp_path):
     batch = held_still(settings, start, prompts=2, group=2, seed=0).batch
     assert not torch.allclose(policy(batch, batch.valid), start(batch, batch.valid), atol=1e-4)
     assert torch.equal(reference_of(policy)(batch, batch.valid), start(batch, batch.valid))
+    _, step, measured, reference = training.saved(run.path, 0)
+    assert step == 4 and any(p.requires_grad for p in measured.parameters())
+    assert torch.equal(reference(batch, batch.valid), start(batch, batch.valid))
 
 
 def test_a_local_file_is_trained_on_without_the_held_out_problems(base, tmp_path):
@@ -243,6 +266,7 @@ def test_a_local_file_is_trained_on_without_the_held_out_problems(base, tmp_path
     (dict(steps=0), "steps must be at least 1"), (dict(old_views=-1), "old_views must be at least 0"),
     (dict(old_views=4, use_reference=False), "needs objective='rspo'"), (dict(old_views=4, objective="reinforce_elbo"), "use_reference"),
     (dict(allocate=True), "allocate weighs completions on old_views"),
+    (dict(allocate=True, old_views=4, views=4, design="coupled"), "must be even"),
     (dict(allocate=True, old_views=2, common_masks=True), "goes with own masks"),
     (dict(design="bsc", residual="leave_one_out"), "bsc makes 1 of 2 views"), (dict(design="coupled", views=3), "must be even"),
 ])  # fmt: skip
@@ -251,7 +275,7 @@ def test_bad_configs_are_refused_at_once(base, changes, match):
         config(base, **changes)
 
 
-@pytest.mark.parametrize("name", ["sudoku", "countdown"])
+@pytest.mark.parametrize("name", ["sudoku", "countdown", "sums"])
 def test_every_task_has_the_default_number_of_held_out_problems(name):
     chosen = TrainConfig(model=f"base-{name}", task=name)
     assert len(training._problems(chosen, training.task_named(name))[1]) == chosen.eval_problems

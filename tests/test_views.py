@@ -85,7 +85,7 @@ def test_profile_is_the_exact_spread_within_a_size(small):
         for n in range(1, tokens):
             exact.setdefault(n, []).append(((table.sum(1)[size == n] * tokens / n).var(correction=0).item(), 1 / tokens))
     for n, sd in zip(profile.size, profile.sd):  # a size is drawn with chance 1/u
-        variance = sum(v * chance for v, chance in exact[n]) / sum(chance for _, chance in exact[n])
+        variance = sum(v * chance for v, chance in exact[round(n)]) / sum(chance for _, chance in exact[round(n)])
         assert sd == pytest.approx(math.sqrt(variance), rel=0.06)
     values = torch.stack([exact_elbo(small.policy, small.batch) - exact_elbo(small.reference, small.batch)])
     assert profile.signal == pytest.approx(values.var().item(), rel=0.1)
@@ -97,19 +97,21 @@ def test_profile_of_long_completions_has_bins():
     completion = torch.zeros(2, 40, dtype=torch.long)
     batch = Batch(completion[:, :1], torch.ones(2, 1, dtype=torch.bool), completion, torch.ones(2, 40, dtype=torch.bool))
     profile = count_profile(denoiser, denoiser, batch, pairs=400, generator=seeded())
-    assert profile.size == [1, 2, 3, 4, 5, 6, 7, 8, 16, 32] and set(profile.sd) == {0.0} and profile.signal == 0
+    means = [math.exp(sum(math.log(n) for n in part) / len(part)) for part in (range(8, 16), range(16, 32), range(32, 40))]
+    assert profile.size == pytest.approx([1, 2, 3, 4, 5, 6, 7, *means]) and set(profile.sd) == {0.0} and profile.signal == 0
+    assert profile.pairs == [20] * 7 + [160, 320, 160]  # two completions, 400 pairs over 40 sizes; those of all 40 tokens say nothing
 
 
 def law(alpha, tokens=8.0, signal=1.0, scale=1.0):
-    sizes = [1, 2, 3, 4, 5, 6, 7]
-    return CountProfile(sizes, [scale * n**-alpha for n in sizes], signal, tokens)
+    sizes = [float(n) for n in range(1, 8)]
+    return CountProfile(sizes, [scale * n**-alpha for n in sizes], [5] * 7, signal, tokens)
 
 
 def test_recommendation_follows_the_profile():
     assert recommend_design(None) == ("bsc(0.5, 0.5)", 4)
     assert recommend_design(law(0.73), 4) == ("bsc(0.73, 0.5)", 4)
     assert recommend_design(law(-1.0), 4)[0] == "bsc(0.00, 0.5)" and recommend_design(law(3.0), 4)[0] == "bsc(1.00, 0.5)"
-    assert recommend_design(CountProfile([1, 2], [0.0, 0.0], 0.0, 8.0), 4)[0] == "bsc(0.5, 0.5)"
+    assert recommend_design(CountProfile([1.0, 2.0], [0.0, 0.0], [1, 1], 0.0, 8.0), 4)[0] == "bsc(0.5, 0.5)"
     assert (
         recommend_design(law(0.5, tokens=56.0), 8) == ("cyck(8)", 8) and recommend_design(law(0.5, tokens=56.0), 2)[0] == "bsc(0.50, 0.5)"
     )
@@ -120,6 +122,32 @@ def test_recommended_views_reach_a_reliability_of_one_half():
     assert recommend_design(law(0.0, signal=1.0, scale=3.0))[1] == 16
     assert recommend_design(law(0.0, signal=1.0, scale=1.0))[1] == 1
     assert recommend_design(law(0.0, signal=0.0))[1] == 32
+
+
+def test_bins_count_as_often_as_their_sizes_are_drawn():
+    """sd 1/l up to 7, then one bin of eight sizes: the mean sd is over sizes, the slope through the bins' mean sizes is -1."""
+    sizes = [*map(float, range(1, 8)), 11.0]
+    binned = CountProfile(sizes, [1 / n for n in sizes], [2] * 7 + [16], 0.06, 16.0)
+    mean = sum(2 / n for n in range(1, 8)) / 30 + 16 / 11 / 30
+    assert recommend_design(binned) == ("bsc(1.00, 0.5)", 1) and mean**2 < 0.06 < (sum(binned.sd) / 8) ** 2
+    kinked = CountProfile([1.0, 2.0, 4.0], [1.0, 0.5, 0.5], [1, 1, 1000], 1.0, 8.0)
+    assert recommend_design(kinked, 4)[0] != recommend_design(CountProfile([1.0, 2.0, 4.0], [1.0, 0.5, 0.5], [1, 1, 1], 1.0, 8.0), 4)[0]
+
+
+def test_signal_is_free_of_what_differs_between_sizes():
+    """d of every completion is 0 on average and depends on the size alone: there is no signal, on average over profiles."""
+
+    def effect(batch, hidden):
+        size = hidden.sum(1, keepdim=True).double()
+        return torch.where(hidden, (size - 3) / 5, 0.0)
+
+    zero = lambda batch, hidden: torch.zeros(hidden.shape, dtype=torch.float64)  # noqa: E731
+    completion = torch.zeros(40, 5, dtype=torch.long)
+    batch = Batch(completion[:, :1], torch.ones(40, 1, dtype=torch.bool), completion, torch.ones(40, 5, dtype=torch.bool))
+    found = torch.tensor([count_profile(effect, zero, batch, pairs=2, generator=seeded(i)).signal for i in range(200)])
+    assert found.mean() < 0.3  # var of d by size is 2; the clamp at 0 leaves 0.13
+    with pytest.raises(ValueError, match="must be even"):
+        count_profile(effect, zero, batch, pairs=3, generator=seeded())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
