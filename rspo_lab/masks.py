@@ -154,23 +154,23 @@ def bsc(valid: Bool[Tensor, "B L"], views: int, *, alpha: float = 0.5, gamma: fl
     """Balanced systematic counts: counts spread evenly over the law q(l) ~ l^-alpha, tokens hidden in turn.  Unbiased.
 
     From the largest view to the smallest, each hides the tokens with the least load so far, where a view adds weight^gamma to the
-    load of what it hides (gamma = 0 balances how often a token is hidden, 1 the sum of its weights).  Then all tokens are
-    relabelled at random, so the rule that picks them cannot bias.  weight 1/(l q(l) views); one replicate.  (ours)
+    load of what it hides (gamma = 0: how often it is hidden, 1: its weights), blurred by up to 0.3 of that so that many views do not
+    repeat a few sets.  Tokens are then relabelled at random, so no rule can bias.  weight 1/(l q(l) views); one replicate.  (ours)
     """
     if not (abs(alpha) <= 4 and abs(gamma) <= 4):
         raise ValueError(f"bsc takes exponents from -4 to 4, not {alpha} and {gamma}: larger ones starve whole sizes")
     used = _tokens(valid, views)
     sizes = torch.arange(1, valid.shape[1] + 1, dtype=torch.float64)
-    law = (sizes**-alpha).where(sizes <= used[:, None], 0.0)
-    law = law / law.sum(1, keepdim=True)
+    law = torch.nn.functional.normalize((sizes**-alpha).where(sizes <= used[:, None], 0.0), p=1, dim=1)
     level = spread_levels(valid, views, generator)
     size = 1 + torch.searchsorted(law.cumsum(1), level.T.contiguous(), right=True).T
     size = torch.minimum(size, used).sort(0, descending=True).values
     weight = 1 / (size * law.gather(1, size.T - 1).T * views)
-    load, hidden = (sizes > used[:, None]).double().masked_fill(sizes > used[:, None], torch.inf), []
+    load, hidden = torch.zeros(valid.shape, dtype=torch.float64).masked_fill(sizes > used[:, None], torch.inf), []
+    step, blur = weight[..., None] ** gamma, 0.3 * _uniform((views, *valid.shape), generator)
     for k in range(views):
-        hidden.append(load.argsort(dim=1, stable=True).argsort(1) < size[k][:, None])
-        load = load + hidden[-1] * weight[k][:, None] ** gamma
+        hidden.append((load + blur[k] * step[k]).argsort(dim=1).argsort(1) < size[k][:, None])
+        load = load + hidden[-1] * step[k]
     label = random_order(valid[None], generator).expand(views, *valid.shape)
     return Masks(torch.stack(hidden).gather(2, label) & valid, weight, torch.zeros(views, dtype=torch.long))
 
