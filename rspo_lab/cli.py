@@ -198,12 +198,14 @@ def _cell(value: Any) -> str:
 
 
 def _study(args: argparse.Namespace) -> int:
-    from rspo_lab.study import grid, run_study, study
+    from rspo_lab import study
 
     if args.file and args.grid:
         raise UsageError("--grid is a study of its own: leave the file out")
     try:
-        return run_study(args.file, args.runs) if args.file else (grid if args.grid else study)(args.runs)
+        if args.file:
+            return study.run_study(args.file, args.runs)
+        return (study.grid if args.grid else study.study)(args.runs)
     except (OSError, RuntimeError) as error:
         return _complain(f"{type(error).__name__}: {error}", 1)
 
