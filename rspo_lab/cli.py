@@ -198,14 +198,14 @@ def _cell(value: Any) -> str:
 
 
 def _study(args: argparse.Namespace) -> int:
-    from rspo_lab import study
+    from rspo_lab.study import grid, run_study, study
 
     if args.file and args.grid:
         raise UsageError("--grid is a study of its own: leave the file out")
     try:
         if args.file:
-            return study.run_study(args.file, args.runs)
-        return (study.grid if args.grid else study.study)(args.runs)
+            return run_study(args.file, args.runs)
+        return (grid if args.grid else study)(args.runs)
     except (OSError, RuntimeError) as error:
         return _complain(f"{type(error).__name__}: {error}", 1)
 

@@ -179,8 +179,10 @@ def test_study_gives_its_exit_code(capsys, monkeypatch):
     module = types.ModuleType("rspo_lab.study")
     module.study = lambda runs: 7 if runs == Path("there") else 0
     module.grid = lambda runs: 5
+    module.run_study = lambda file, runs: 3 if file == Path("a.yaml") else 0
     monkeypatch.setitem(sys.modules, "rspo_lab.study", module)
     assert [main(["study", "--runs", "there"]), main(["study"]), main(["study", "--grid"])] == [7, 0, 5]
+    assert main(["study", "a.yaml"]) == 3 and main(["study", "a.yaml", "--grid"]) == 2
 
 
 def test_broken_run_directory_is_no_traceback(capsys):
