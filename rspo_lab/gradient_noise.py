@@ -29,7 +29,8 @@ FORWARDS = 4  # of one view in one level: policy forward and backward (2), refer
 def scheme(text: str, config: TrainConfig, views: int, inner_steps: int = 1) -> TrainConfig:
     """`config` with the masks of a scheme: a design, then any of "+ two-level", "+ allocated" (needs two-level), "+ common".
 
-    Two levels take max(1, inner_steps / 2) times as many views once as in each update: then a view costs 1.25 of one level's.
+    Two levels take max(1, inner_steps // 2) times as many views once as in each update: then a view costs 1.25 of one level's
+    (less if inner_steps is odd and above 1).
     """
     design, *flags = (part.strip() for part in text.split("+"))
     if unknown := [flag for flag in flags if flag not in FLAGS]:

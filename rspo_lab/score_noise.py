@@ -55,13 +55,14 @@ def score_rows(
     valid, rows, done = batch.valid.cpu().repeat_interleave(redraws, 0), [], 0
     signal = max((score - base).var().item() - uncertain["d"].mean().item(), 0.0)
     for design in designs:
+        made = design_named(design)  # an unknown name is an error, only a number of views may not suit
         for k in views:
             done += 1
             try:
-                masks = design_named(design)(valid, k, generator=generator(seed, design, k))
+                masks = made(valid, k, generator=generator(seed, design, k))
             except ValueError:  # an odd number of paired views
                 continue
-            other = design_named(design)(valid, k, generator=generator(seed, design, k, "independent"))
+            other = made(valid, k, generator=generator(seed, design, k, "independent"))
             s, r, apart = (_estimates(m, batch, x, redraws, slice_size) for m, x in ((ours, masks), (theirs, masks), (theirs, other)))
             samples = {"score": (s, score), "d_shared": (s - r, score - base), "d_independent": (s - apart, score - base)}
             for name, (draws, exact) in samples.items():

@@ -214,6 +214,11 @@ def test_long_completions_are_measured_without_tables(small, monkeypatch):
     assert (bias["value"].abs() < 4.5 * bias["stderr"]).all() and not frame["quantity"].str.startswith("share").any()
 
 
+def test_a_design_that_is_not_there_is_no_missing_row(small):
+    with pytest.raises(ValueError, match="design must be one of"):
+        score_rows(small.policy, small.reference, small.batch, designs=["cuont"], views=[1], redraws=4, seed=0)
+
+
 def test_reliability_and_exact_correlation_of_score_rows(small):
     frame = score_rows(small.policy, small.reference, small.batch, designs=["count"], views=[4], redraws=2000, seed=0)
     value = frame.set_index("quantity")["value"]
