@@ -83,7 +83,7 @@ def efficiency_figure(efficiency: pd.DataFrame, views: dict[str, int]) -> Figure
             ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if axis.get_xlim()[0] <= t <= axis.get_xlim()[1]]
             axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axis.minorticks_off()
-        axes[-1].set_xlabel("times less variance than count, at equal cost")
+        axes[-1].set_xlabel("times less variance than count")
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2)
     return figure
 

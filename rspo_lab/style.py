@@ -27,7 +27,7 @@ DESIGN_STYLE = {  # colour and marker, so that a figure also reads in grey
     "one_step": (INK, "<"),
     "left_to_right": (INK, ">"),
     "spg_block": (INK, "h"),
-    "auto": (OKABE_ITO["purple"], "*"),
+    "auto": ("black", "8"),
 }
 AGAIN = ((None, "-"), ("*", ":"), ("$2$", "-."), ("$3$", "--"))  # marker and line of further parametrisations of one design
 POLICY, TARGET, REFERENCE = OKABE_ITO["blue"], OKABE_ITO["vermillion"], INK
