@@ -72,12 +72,16 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def variance_se(samples: Float[Tensor, "n ..."]) -> tuple[Tensor, Tensor]:
-    """(unbiased variance, its standard error) over the first axis, from the fourth central moment."""
-    n = len(samples)
-    centred = samples - samples.mean(0)
-    variance = centred.square().sum(0) / (n - 1)
-    fourth = centred.pow(4).mean(0)
+def variance_se(*samples: Float[Tensor, "n ..."]) -> tuple[Tensor, Tensor]:
+    """(unbiased variance, its standard error) over the first axis, from the fourth central moment.
+
+    Of several samples the sum of their variances, which is that of their sum if it were drawn independently; the error minds that
+    here they were drawn together.
+    """
+    n = len(samples[0])
+    squares = sum((x - x.mean(0)).square() for x in samples)
+    variance = squares.sum(0) / (n - 1)
+    fourth = squares.square().mean(0)
     return variance, ((fourth - variance.square() * (n - 3) / (n - 1)).clamp(min=0) / n).sqrt()
 
 

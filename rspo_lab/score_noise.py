@@ -31,8 +31,8 @@ def score_rows(
     """Bias and variance of the estimates of the score and of d, one row a (design, views, quantity).
 
     quantity: bias_score, bias_d, var_score, var_d_shared (policy and reference on the same masks), var_d_independent; each the
-    mean over the batch's sequences.  stderr is the Monte-Carlo error of the redraws at these sequences; it means nothing for t_iid
-    and t_redraw, of infinite variance.  cost: non-empty views a sequence.  A number of views that a design cannot make is left out.
+    mean over the batch's sequences, the last as the sum of the variances of the two scores.  stderr is the Monte-Carlo error of the
+    redraws at these sequences; it means nothing for t_iid and t_redraw, of infinite variance.  cost: non-empty views a sequence.  A number of views that a design cannot make is left out.
     reliability: share of the variance of d between sequences and over masks together that is not noise; it is also the slope of
     exact on estimated d.  Its stderr is that of the noise.
 
@@ -62,16 +62,15 @@ def score_rows(
                 masks = made(valid, k, generator=generator(seed, design, k))
             except ValueError:  # an odd number of paired views
                 continue
-            other = made(valid, k, generator=generator(seed, design, k, "independent"))
-            s, r, apart = (_estimates(m, batch, x, redraws, slice_size) for m, x in ((ours, masks), (theirs, masks), (theirs, other)))
-            samples = {"score": (s, score), "d_shared": (s - r, score - base), "d_independent": (s - apart, score - base)}
-            for name, (draws, exact) in samples.items():
+            s, r = (_estimates(model, batch, masks, redraws, slice_size) for model in (ours, theirs))
+            for of, draws, exact in (("score", s, score), ("d", s - r, score - base)):
                 variance, error = variance_se(draws)
-                rows.append((design, k, masks.forward_passes, f"var_{name}", variance.mean(), error.norm() / len(batch)))
-                if name != "d_independent":
-                    of = name.removesuffix("_shared")
-                    error = (variance / redraws + uncertain[of]).sum().sqrt() / len(batch)
-                    rows.append((design, k, masks.forward_passes, f"bias_{of}", (draws.mean(0) - exact).mean(), error))
+                name = "var_score" if of == "score" else "var_d_shared"
+                rows.append((design, k, masks.forward_passes, name, variance.mean(), error.norm() / len(batch)))
+                error = (variance / redraws + uncertain[of]).sum().sqrt() / len(batch)
+                rows.append((design, k, masks.forward_passes, f"bias_{of}", (draws.mean(0) - exact).mean(), error))
+            variance, error = variance_se(s, r)
+            rows.append((design, k, masks.forward_passes, "var_d_independent", variance.mean(), error.norm() / len(batch)))
             noise, error = next(row[4:] for row in reversed(rows) if row[3] == "var_d_shared")
             if signal + noise > 0:
                 slope = signal / (signal + noise)

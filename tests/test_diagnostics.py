@@ -57,6 +57,14 @@ def test_variance_and_its_standard_error():
     assert error.square().mean().sqrt().item() == pytest.approx(variance.std().item(), rel=0.1)
 
 
+def test_variance_of_an_independent_sum_from_draws_made_together():
+    """y = 3x: drawn together the sum has variance 16 * 4, drawn apart 10 * 4; the error is what the estimates show."""
+    x = 2 * torch.randn(50, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    variance, error = variance_se(x, 3 * x)
+    assert variance.mean().item() == pytest.approx(40, rel=0.01)
+    assert error.square().mean().sqrt().item() == pytest.approx(variance.std().item(), rel=0.1)
+
+
 def test_intervals_by_hand_and_by_coverage():
     mean, low, high = mean_interval([1.0, 2.0, 3.0])
     assert mean == 2 and [high - mean, mean - low] == pytest.approx([4.303 / math.sqrt(3)] * 2, rel=1e-3)

@@ -39,6 +39,8 @@ def test_score_rows_against_the_oracle(small):
         assert abs(row["value"] - exact / views) < 4 * row["stderr"] and row["stderr"] < 0.1 * exact
         for quantity in ("bias_score", "bias_d"):
             assert abs(value.loc[(views, quantity), "value"]) < 4 * value.loc[(views, quantity), "stderr"]
+        row, apart = value.loc[(views, "var_d_independent")], exact + count_moments(small.reference, small.batch)[1].mean().item()
+        assert abs(row["value"] - apart / views) < 4 * row["stderr"] and row["stderr"] < 0.1 * apart
     measured = frame[~frame["quantity"].str.startswith("share")]
     assert set(measured["quantity"]) == {"bias_score", "bias_d", "var_score", "var_d_shared", "var_d_independent", "reliability"}
 
