@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: study test lab clean
 
 study: .venv/installed  ## the main job on the embedded tiny model: figures in runs/study/index.html
-	$(BIN)/rspo-lab study
+	$(BIN)/rspo-lab sweep notebooks/studies/study.yaml
 
 test: .venv/installed  ## lint and tests
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: `rspo-lab run | train | grade | runs | study`.
+"""The command line: `rspo-lab run | sweep | report | runs | train | grade`.
 
 Exit codes: 0 done; 1 a failure at run time; 2 bad input, with one line that says so; `run` has more (notebook.Outcome).
 Nothing heavy is imported before the input is known to be good.
@@ -71,11 +71,24 @@ def _parser() -> argparse.ArgumentParser:
     runs.set_defaults(command=_runs)
     runs.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
 
-    study = commands.add_parser("study", help="the main results on the tiny model, or the runs of a study's file; figures in DIR")
-    study.set_defaults(command=_study)
-    study.add_argument("file", type=Path, nargs="?", help="one of notebooks/studies/*.yaml")
-    study.add_argument("--runs", type=Path, metavar="DIR", default=Path("runs"))
-    study.add_argument("--grid", action="store_true", help="instead train every seed and rate behind the README's claims")
+    sweep = commands.add_parser("sweep", help="run a study, or a grid over one notebook, and write its report")
+    sweep.set_defaults(command=_sweep)
+    sweep.add_argument("target", type=Path, metavar="STUDY.yaml|NOTEBOOK", help="one of notebooks/studies/*.yaml, or a notebook")
+    sweep.add_argument("--grid", nargs="+", action="extend", default=[], metavar="NAME=A,B", help="values of a notebook's parameter")
+    sweep.add_argument("-p", dest="given", action="append", default=[], metavar="NAME VALUE", help="set a parameter for all points")
+    sweep.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="which parameters of a study (default: cpu)")
+    sweep.add_argument("--cluster", default="local", help="local (default), slurm, or debug: in this process, one after the other")
+    sweep.add_argument("--jobs", type=int, metavar="N", help="points side by side (default: one a core)")
+    sweep.add_argument("--gpus", type=int, metavar="N", help="points side by side, each on a GPU of its own")
+    sweep.add_argument("--timeout", type=float, metavar="MIN", help="end a point after MIN minutes; on Slurm: requeue it, three times")
+    sweep.add_argument("--slurm", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="sbatch options: partition=gpu")
+    sweep.add_argument("--runs", type=Path, metavar="DIR", help="where runs go (default: runs, beside the notebooks folder)")
+    sweep.add_argument("--name", help="folder of the sweep in DIR (default: the file's name)")
+    sweep.add_argument("--dry-run", action="store_true", help="list the points, how they stand and what is left to pay; run nothing")
+
+    report = commands.add_parser("report", help="one HTML page over all runs in a folder, and results.parquet")
+    report.set_defaults(command=_report)
+    report.add_argument("folder", type=Path, help="of a sweep, such as runs/variance")
     return parser
 
 
@@ -197,17 +210,43 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _study(args: argparse.Namespace) -> int:
-    from rspo_lab.study import grid, run_study, study
+def _sweep(args: argparse.Namespace) -> int:
+    from rspo_lab.study import NOTEBOOKS, grid_study, grid_values, read_study
 
-    if args.file and args.grid:
-        raise UsageError("--grid is a study of its own: leave the file out")
-    try:
-        if args.file:
-            return run_study(args.file, args.runs)
-        return (grid if args.grid else study)(args.runs)
-    except (OSError, RuntimeError) as error:
-        return _complain(f"{type(error).__name__}: {error}", 1)
+    is_study = args.target.suffix in (".yaml", ".yml")
+    if is_study and (args.grid or args.given):
+        raise UsageError("a study says its own parameters: write them in the file, or sweep a notebook with --grid and -p")
+    if not is_study and not args.grid:
+        raise UsageError(f"which points? --grid NAME=A,B, or run one with `rspo-lab run {args.target}`")
+    if not args.target.is_file():
+        raise FileNotFoundError(f"there is no file {args.target}")
+    folder = args.name or args.target.stem + ("" if is_study else "_sweep")
+    if Path(folder).name != folder:
+        raise UsageError(f"--name {folder!r} must be one folder name")
+    root = (args.runs or runs_root(NOTEBOOKS / "any" if is_study else args.target)).resolve() / folder
+    if is_study:
+        study = read_study(args.target, root, args.scale)
+    else:
+        values = _values(declared(args.target), args.given)
+        study = grid_study(args.target.resolve(), values, grid_values(args.target, args.grid), root)
+    from rspo_lab.sweep import plan, resources, summary, sweep
+
+    on = resources(args.cluster, jobs=args.jobs, gpus=args.gpus, timeout_min=args.timeout, slurm=tuple(args.slurm))
+    if args.dry_run:
+        print(plan(study, root, on))
+        return 0
+    states = sweep(study, root, on)
+    from rspo_lab.report import report
+
+    print(f"report: {report(root)}\n{summary(states)}", flush=True)
+    return 0 if set(states.values()) == {"done"} else 1
+
+
+def _report(args: argparse.Namespace) -> int:
+    from rspo_lab.report import report
+
+    print(report(args.folder))
+    return 0
 
 
 def _complain(message: str, code: int) -> int:

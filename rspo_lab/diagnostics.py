@@ -5,6 +5,7 @@ Shapes: R replicates, B sequences.  Log-ratios in nats, in the unit that `lam` w
 
 import math
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -63,6 +64,21 @@ def mean_interval(values: list[float]) -> tuple[float, float, float]:
     mean = sum(values) / n
     half = _student(n - 1) * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
     return mean, mean - half, mean + half
+
+
+def stratified_bootstrap(
+    strata: list[list[float]], *, generator: torch.Generator, resamples: int = 2000
+) -> tuple[float, float, float]:  # fmt: skip
+    """(mean of the strata's means, low, high): 95 % percentiles when seeds are redrawn within each stratum (arXiv:2108.13264).
+
+    Too narrow for few seeds: for one stratum of normal values it covers the mean in about 71 % of cases with 3 seeds, 83 % with 5.
+    """
+    means = []
+    for stratum in strata:
+        values = torch.tensor(stratum, dtype=torch.float64)
+        means.append(values[torch.randint(len(values), (resamples, len(values)), generator=generator)].mean(1))
+    low, high = torch.stack(means).mean(0).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return sum(sum(stratum) / len(stratum) for stratum in strata) / len(strata), low, high
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:

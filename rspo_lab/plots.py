@@ -8,7 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rspo_lab.diagnostics import mean_interval, wilson
-from rspo_lab.style import INK, OKABE_ITO, PAGE, POLICY, REFERENCE, TARGET, new_figure
+from rspo_lab.style import COLUMN, INK, OKABE_ITO, PAGE, POLICY, REFERENCE, TARGET, new_figure
+
+PARAMETERS = {"lam": "λ, per nat", "lr": "learning rate", "views": "masks a sequence, K"}
 
 
 def training_figure(history: list[dict], lam: float) -> Figure:
@@ -42,26 +44,19 @@ def training_figure(history: list[dict], lam: float) -> Figure:
     return figure
 
 
-def learning_figure(runs: dict[str, list[dict]], colours: dict[str, str], problems: int) -> Figure:
-    """Greedy held-out solve rate against the step (bars: 95 % Wilson over the problems), and the mean of d on policy."""
-    with new_figure(PAGE, 2.1) as figure:
+def learning_figure(arms: dict[str, list[pd.DataFrame]], problems: int) -> Figure:
+    """Held-out solve rate against the step and the mean of d on policy, a line an arm: means over the histories of its seeds.
+
+    Bars: 95 % Student over seeds; of a single seed Wilson over the problems.
+    """
+    with new_figure(PAGE, 1.9 + 0.2 * _rows_of_legend(arms)) as figure:
         left, right = figure.subplots(1, 2)
-        for (label, history), marker in zip(runs.items(), "osD^"):
-            frame = pd.DataFrame(history)
-            rate = frame.dropna(subset="eval_solve_rate")
-            low, high = np.array([wilson(round(p * problems), problems) for p in rate["eval_solve_rate"]]).T
-            whiskers = [rate["eval_solve_rate"] - low, high - rate["eval_solve_rate"]]
-            left.errorbar(
-                rate["step"],
-                rate["eval_solve_rate"],
-                whiskers,
-                color=colours[label],
-                marker=marker,
-                label=label,
-                elinewidth=0.5,
-                capsize=1.5,
-            )
-            _line(right, frame, "d_mean", colours[label], label, smooth=True)
+        for (label, seeds), look in zip(arms.items(), _looks(len(arms))):
+            rates = pd.concat([seed.set_index("step")["eval_solve_rate"] for seed in seeds], axis=1).dropna()
+            mean, low, high = np.array([_rate(list(row), problems) for row in rates.to_numpy()]).T
+            left.errorbar(rates.index, mean, [mean - low, high - mean], **look, label=label, elinewidth=0.5, capsize=1.5)
+            d = pd.concat([seed.set_index("step")["d_mean"] for seed in seeds], axis=1).mean(axis=1).rename("d_mean").reset_index()
+            _line(right, d, "d_mean", look["color"], label, smooth=True)
         left.set(xlabel="step", title="Held-out solve rate, greedy")
         right.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
         right.set(xlabel="step", title="Mean ELBO log-ratio on policy, nats", yscale="symlog")
@@ -71,19 +66,34 @@ def learning_figure(runs: dict[str, list[dict]], colours: dict[str, str], proble
 
 def arms_figure(arms: dict[str, list[pd.DataFrame]]) -> Figure:
     """Held-out solve rate against step, scoring forwards and seconds, a line an arm: mean over its seeds, bars 95 % Student."""
-    colours = [OKABE_ITO[name] for name in ("blue", "vermillion", "green", "orange", "purple", "sky")]
-    with new_figure(PAGE, 2.1) as figure:
+    with new_figure(PAGE, 1.9 + 0.2 * _rows_of_legend(arms)) as figure:
         axes = figure.subplots(1, 3, sharey=True)
-        for (label, seeds), colour, marker in zip(arms.items(), colours, "os^DPX"):
+        for (label, seeds), look in zip(arms.items(), _looks(len(arms))):
             mean = sum(seed[["step", "forwards", "seconds", "rate"]].to_numpy() for seed in seeds) / len(seeds)
             rates = np.stack([seed["rate"] for seed in seeds], 1)
             half = [mean_interval(list(row))[2] - row.mean() if len(row) > 1 else 0.0 for row in rates]
             for axis, column in zip(axes, range(3)):
-                axis.errorbar(mean[:, column], mean[:, 3], half, color=colour, marker=marker, label=label, elinewidth=0.5, capsize=1.5)
+                axis.errorbar(mean[:, column], mean[:, 3], half, **look, label=label, elinewidth=0.5, capsize=1.5)
         for axis, label in zip(axes, ("step", "scoring forwards a completion", "seconds of updates")):
             axis.set_xlabel(label)
         axes[0].set_title("Held-out solve rate, greedy")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(arms))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def response_figure(parameter: str, rates: pd.DataFrame) -> Figure:
+    """Final held-out solve rate in % against one parameter; rows with value, rate, low and high."""
+    values = rates["value"].to_numpy(float)
+    with new_figure(COLUMN, 2.0) as figure:
+        axis = figure.subplots()
+        whiskers = [rates["rate"] - rates["low"], rates["high"] - rates["rate"]]
+        axis.errorbar(values, rates["rate"], whiskers, color=POLICY, marker="o", elinewidth=0.7, capsize=2)
+        positive = values[values > 0]
+        if len(positive) and positive.max() / positive.min() > 20:
+            axis.set_xscale("symlog" if values.min() <= 0 else "log", **({"linthresh": positive.min()} if values.min() <= 0 else {}))
+            axis.set_xticks(values, [f"{v:g}" for v in values])
+            axis.minorticks_off()
+        axis.set(xlabel=PARAMETERS.get(parameter, parameter), ylabel="solve rate, %", title="Final held-out solve rate, greedy")
     return figure
 
 
@@ -207,6 +217,21 @@ def pairs_figure(pairs: pd.DataFrame, lam: float) -> Figure:
             axis.set(title=f"step {step}", xlabel="advantage A", ylabel="estimate d̂, nats")
         figure.axes[0].legend()
     return figure
+
+
+def _looks(n: int) -> list[dict]:
+    """Colour, marker and line of n arms."""
+    colours = [OKABE_ITO[name] for name in ("blue", "vermillion", "green", "orange", "purple", "sky")]
+    return [{"color": colours[i % 6], "marker": "os^DPX"[i % 6], "linestyle": ("-", "--", ":", "-.")[i // 6 % 4]} for i in range(n)]
+
+
+def _rows_of_legend(arms) -> int:
+    return (len(arms) + 1) // 2
+
+
+def _rate(rates: list[float], problems: int) -> tuple[float, float, float]:
+    """(mean, low, high) over seeds, or of a single one over its problems."""
+    return mean_interval(rates) if len(rates) > 1 else (rates[0], *wilson(round(rates[0] * problems), problems))
 
 
 def _bars(axis, frame, column, colour, marker, label):

@@ -1,24 +1,34 @@
-"""What the study found, on one page and in one table: reads run folders, writes HTML, PNG, PDF and CSV."""
+"""One self-contained HTML page over the runs of a folder, and their numbers in one table: failures first, then what was found.
 
+Reads run folders as they are, so it also tells of a sweep that is under way.
+"""
+
+import base64
 import html
-import json
+import re
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from rspo_lab import noise_plots, plots
-from rspo_lab.diagnostics import mean_interval, wilson
+from rspo_lab.arms import arm_curve, arms_table, history, response
 from rspo_lab.files import read_json, replacing
+from rspo_lab.runs import load_runs
 from rspo_lab.score_noise import efficiency, factors
-from rspo_lab.style import POLICY, TARGET
 
 RESULTS = ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-img { max-width: 100%; height: auto } table { border-collapse: collapse; margin: 1rem 0 } figcaption { color: #555 }
-td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd } td:first-child, th:first-child { text-align: left }
-figure { margin: 2rem 0 } @media print { figure { break-inside: avoid } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
+img { max-width: 100%; height: auto } figcaption { color: #555 } figure { margin: 1.5rem 0 } nav { columns: 2; margin: 1rem 0 }
+.wide { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0; font-size: .85rem }
+td, th { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
+td:first-child, th:first-child, td.text { text-align: left } .failed { color: #b00020 } section { break-inside: avoid-page }
+@media print { body { font-size: 10pt; max-width: none; margin: 0 } table { font-size: 7pt } td, th { padding: .1rem .25rem }
+  .wide { overflow: visible } figure, table { break-inside: avoid } a { color: inherit; text-decoration: none } }
 """
 CAPTIONS = {
     "training": "Training. Left to right: reward and held-out solve rate; mean of d on policy; target, gap and estimate; mask noise; "
@@ -26,8 +36,11 @@ CAPTIONS = {
     "pairs": "Estimate against advantage, a point a sequence; the dashed line is the target.",
     "variance": "Variance of score, d and RSPO gradient by mask design and cost; whiskers 95 % Monte-Carlo; dashed: 1/K from count.",
     "profile": "Noise of one view of d by how many tokens it hides.",
+    "learning": "Left: greedy held-out solve rate, mean over seeds; bars: 95 % Student over seeds, of a single seed Wilson over the "
+    "problems. Right: mean of d on policy.",
     "arms": "Held-out solve rate against steps, scoring forwards a completion (all models; a backward is two) and seconds of updates; "
     "mean over seeds, 95 % Student.",
+    "response": "Final held-out solve rate; bars: 95 % Student over seeds, of a single seed Wilson over the problems.",
     "efficiency": "How many times lower than that of `count` each variance is at equal cost; 95 % Monte-Carlo of the redraws.",
     "bias": "Bias against the exact ELBO, 95 % Monte-Carlo whiskers.",
     "gap": "Target against estimate at each saved policy with its regression line; box: 25-75 %, whiskers 5-95 % of the gap.",
@@ -36,114 +49,172 @@ CAPTIONS = {
 }
 
 
-def study_page(root: Path, trained: dict[str, Path], variance: Path, gap: Path) -> Path:
-    """index.html over two training runs and what was measured on the first, with the figure of the pair."""
-    histories = {label: history(path) for label, path in trained.items()}
-    curves = pd.concat([pd.DataFrame(h).assign(run=label) for label, h in histories.items()])
-    problems = read_json(next(iter(trained.values())) / "config.json")["eval_problems"]
-    figure = plots.learning_figure(histories, dict(zip(histories, (POLICY, TARGET))), problems)
-    folder = root / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "learning.png", dpi=300)
-    figure.savefig(folder / "learning.pdf", metadata={"CreationDate": None})
-    curves.to_csv(folder / "learning.csv", index=False)
-    rows = pd.DataFrame([solve_rates(label, trained[label], records) for label, records in histories.items()])
-    parts = [
-        "<h1>RSPO on the tiny model</h1>",
-        "<p>Everything here was computed by this checkout; each section names its run folder, which holds the executed notebook.</p>",
-        _figure(root, folder / "learning.png", "Held-out solve rate (95 % Wilson intervals over problems, one seed) and mean of d."),
-        rows.to_html(index=False, border=0),
-    ]
-    for title, path in [*((f"Training: {label}", path) for label, path in trained.items()), ("Variance", variance), ("Gap", gap)]:
-        parts += [f"<h2>{html.escape(title)}</h2>", _provenance(root, path)]
-        parts += [_figure(root, png, CAPTIONS[png.stem]) for png in sorted((path / "figures").glob("*.png"))]
-    return _write_page(root, "rspo-lab study", parts)
+@dataclass(frozen=True)
+class Entry:
+    """A run, or a point of a sweep that has not begun; `shown` are the parameters by which it differs from others of its kind."""
+
+    name: str
+    path: Path
+    state: str
+    params: dict[str, Any]
+    progress: str = ""
+    error: str = ""
+    shown: tuple[str, ...] = ()
+
+    def label(self, *without: str) -> str:
+        return ", ".join([self.name.replace("_", " "), *(f"{k} = {self.params[k]}" for k in self.shown if k not in without)])
 
 
-def sheet_page(root: Path, title: str, runs: list[tuple[str, Path]]) -> Path:
-    """index.html over the runs of a study's file: the arms of training against each other, measurements against `count`, all figures.
+def report(root: Path) -> Path:
+    """index.html and results.parquet in `root`, figures and their numbers in its `figures`; the page.
 
-    Writes results.parquet, a tidy row a (task, policy, design, views, quantity) with `policy` the name of its run, arms.csv and
-    efficiency.csv, as far as there are such runs.
+    results.parquet: of measurements a tidy row a (task, policy, design, views, quantity), `policy` the run's label; if there are
+    none, every run's own results with its name, key and the parameters that differ.  Where there are both, the latter are in
+    training.parquet.  FileNotFoundError, ValueError: there is no such folder, or no run in it.
     """
-    parts, folder = [f"<h1>{html.escape(title)}</h1>"], root / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    arms: dict[str, list[Path]] = {}
-    for name, path in runs:
-        if (path / "metrics.jsonl").is_file() and "old_views" in read_json(path / "config.json"):
-            arms.setdefault(name, []).append(path)
-    arms = {name: paths for name, paths in arms.items() if len(paths) > 1}
-    if arms:
-        table = arms_table(arms)
-        parts += [_saved(root, "arms", plots.arms_figure({name: [arm_curve(p) for p in paths] for name, paths in arms.items()}), table)]
-        parts += [table.to_html(index=False, border=0)]
-    times, frames = Counter(name for name, _ in runs), []
-    for name, path in runs:
-        if (path / "results.parquet").is_file():
-            label = name if times[name] == 1 else f"{name} (seed {read_json(path / 'params.json')['seed']})"
-            frames.append(pd.read_parquet(path / "results.parquet").assign(policy=label))
-    frames = [frame[RESULTS] for frame in frames if set(RESULTS) <= set(frame)]
-    if frames:
-        results = pd.concat(frames, ignore_index=True)
-        with replacing(root / "results.parquet") as path:
-            results.to_parquet(path)
-        found = efficiency(results)
-        views = {name: _shared_views(found, name) for name in ("var_d_shared", "var_gradient")}
-        if views := {name: k for name, k in views.items() if k}:
-            parts += [_saved(root, "efficiency", noise_plots.efficiency_figure(found, views), found)]
-        for baseline in ("count", "t_redraw"):
-            if baseline in set(results["design"]):
-                parts += [f"<p>Times less variance than {baseline} at equal cost:</p>"]
-                parts += [factors(results, baseline).reset_index().to_html(index=False, border=0)]
-        for quantity in ("share", "correlation", "var_rollouts"):
-            some = results[results["quantity"].str.startswith(quantity)]
-            parts += [some[["policy", "quantity", "value", "stderr"]].round(3).to_html(index=False, border=0)] if len(some) else []
-    for name, path in runs:
-        parts += [f"<h2>{html.escape(name)}</h2>", _provenance(root, path)]
-        parts += [_figure(root, png, CAPTIONS[png.stem]) for png in sorted((path / "figures").glob("*.png"))]
-    return _write_page(root, title, parts)
+    root = root.resolve()
+    entries = listing(root)
+    if not entries:
+        raise ValueError(f"there are no runs in {root}")
+    (root / "figures").mkdir(exist_ok=True)
+    counts = Counter(entry.state for entry in entries)
+    parts = [f"<p>{len(entries)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}.</p>"]
+    parts += _failures([entry for entry in entries if entry.state in ("failed", "dead", "stopped")])
+    parts += ["<h2>What was run</h2>", _wide(_what_ran(entries))]
+    finished = [entry for entry in entries if entry.state == "done"]
+    parts += _learning(root, finished) + _noise(root, finished)
+    for entry in entries:
+        images = sorted((entry.path / "figures").glob("*.png"))
+        if images:
+            parts += [f"<section><h2 id='{entry.path.name}'>{html.escape(entry.label())}</h2>", _provenance(root, entry.path)]
+            parts += [_figure(image) for image in images] + ["</section>"]
+    title = read_json(root / "sweep.json").get("title", root.name)
+    page = root / "index.html"
+    with replacing(page) as new:
+        head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+        head += "<meta name=viewport content='width=device-width'><link rel=icon href='data:,'>"
+        body = "\n".join([f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>", *parts])
+        new.write_text(f"{head}{body}</html>\n", encoding="utf-8")
+    return page
 
 
-def arm_curve(path: Path) -> pd.DataFrame:
-    """A run's evaluations: step, rate, and what scoring had cost by then (forwards a completion, seconds of updates)."""
-    timing = [json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()]
-    frame = pd.DataFrame(history(path)).set_index("step")
-    spent = pd.DataFrame(timing).set_index("step")["update_s"].cumsum()
-    forwards = frame["forwards"].fillna(0).cumsum()
-    rate = frame["eval_solve_rate"].dropna()
-    return pd.DataFrame(
-        {
-            "step": rate.index,
-            "rate": rate.values,
-            "forwards": forwards[rate.index].values,
-            "seconds": spent.reindex(rate.index, fill_value=0).values,
-        }
+def listing(root: Path) -> list[Entry]:
+    """All runs under `root`, those of its sweep in its order first, with points that have not begun."""
+    frame = load_runs(root)
+    found = {row["path"]: row for _, row in frame.iterrows()} if len(frame) else {}
+    entries = []
+    for point in read_json(root / "sweep.json").get("points", ()):
+        path = root / point["name"] / point["key"]
+        if str(path) not in found:
+            entries.append(Entry(point["name"], path, "waiting", point["params"]))
+        else:
+            entries.append(_entry(found.pop(str(path))))
+    entries += [_entry(row) for row in found.values()]
+    named = {entry.name: [other for other in entries if other.name == entry.name] for entry in entries}
+    return [replace(entry, shown=tuple(_varying(named[entry.name]))) for entry in entries]
+
+
+def _varying(entries: Sequence[Entry]) -> list[str]:
+    """The parameters in which runs of one kind differ, but for the folder that they measure."""
+    return [k for k in entries[0].params if k != "trained" and len({repr(entry.params.get(k)) for entry in entries}) > 1]
+
+
+def _entry(row) -> Entry:
+    path = Path(row["path"])
+    return Entry(row["name"], path, row["state"], read_json(path / "params.json"), row["progress"], row["error"])
+
+
+def _failures(entries: Sequence[Entry]) -> list[str]:
+    if not entries:
+        return []
+    rows = "".join(
+        f"<tr><td class=text>{html.escape(e.label())}</td><td class=text>{e.state} {e.progress}</td>"
+        f"<td class=text>{html.escape(e.error or 'its process is gone; run the sweep again to resume')}</td>"
+        f"<td class=text>{html.escape(e.path.name)}</td></tr>"
+        for e in entries
     )
+    return [f"<h2 class=failed>Not done</h2><div class=wide><table><tr><th>run<th>state<th>why<th>key</tr>{rows}</table></div>"]
 
 
-def arms_table(arms: dict[str, list[Path]]) -> pd.DataFrame:
-    """A row an arm: final and mean held-out solve rate in % over its seeds with 95 % Student intervals, and what scoring cost.
+def _what_ran(entries: Sequence[Entry]) -> pd.DataFrame:
+    """A row a run: the parameters in which runs of one notebook differ are columns."""
+    kinds, rows = {}, []
+    for entry in entries:
+        kinds.setdefault(tuple(entry.params), []).append(entry)
+    columns = list(dict.fromkeys(k for kind in kinds.values() for k in _varying(kind)))
+    for entry in entries:
+        made = read_json(entry.path / "provenance.json")
+        row = {"run": entry.name} | {k: _text(entry.params.get(k, "")) for k in columns}
+        row |= {"state": entry.state, "progress": re.match(r"[\d/]*", entry.progress)[0], "minutes": _minutes(entry.path)}
+        rows.append(row | {"commit": str(made.get("git") or "")[:8] + ("+" if made.get("dirty") else ""), "key": entry.path.name})
+    return pd.DataFrame(rows)
 
-    "over the first": points above the first arm, final and mean, paired by seed (equal seeds start from equal rollouts).
-    """
-    rows, first = [], None
-    for name, paths in arms.items():
-        curves = [arm_curve(path) for path in paths]
-        final, area = ([100 * f(c["rate"]) for c in curves] for f in (lambda r: r.iloc[-1], lambda r: r.iloc[1:].mean()))
-        by_seed = {read_json(path / "config.json")["seed"]: pair for path, pair in zip(paths, zip(final, area))}
-        first = first or by_seed
-        row = {"arm": name, "seeds": len(paths), "each seed": " ".join(f"{v:.1f}" for v in final)}
-        for label, values in (("final, %", final), ("mean over evaluations, %", area)):
-            mean, low, high = mean_interval(values)
-            row[label] = f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-        shared = [seed for seed in by_seed if seed in first]
-        if len(shared) > 1 and first is not by_seed:
-            for i, label in enumerate(("final", "mean")):
-                mean, low, high = mean_interval([by_seed[seed][i] - first[seed][i] for seed in shared])
-                row[f"{label} over the first, points"] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-        row["forwards a completion"] = f"{sum(c['forwards'].iloc[-1] for c in curves) / len(curves):.0f}"
-        rows.append(row | {"update s": f"{sum(c['seconds'].iloc[-1] for c in curves) / len(curves):.0f}"})
-    return pd.DataFrame(rows).fillna("")
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _minutes(path: Path) -> str:
+    status = read_json(path / "status.json")
+    if "started" not in status or "ended" not in status:
+        return ""
+    return f"{(pd.Timestamp(status['ended']) - pd.Timestamp(status['started'])).total_seconds() / 60:.1f}"
+
+
+def _learning(root: Path, entries: Sequence[Entry]) -> list[str]:
+    """Table and figures of the training runs, an arm of seeds (and tasks) each."""
+    arms: dict[str, list[Path]] = {}
+    for entry in entries:
+        if (entry.path / "metrics.jsonl").is_file() and (entry.path / "config.json").is_file():
+            arms.setdefault(entry.label("seed", "task"), []).append(entry.path)
+    if not arms:
+        return []
+    table = arms_table(arms)
+    parts = ["<h2>Learning</h2>", "<p>Greedy held-out solve rates; n is in <i>seeds</i>, intervals are 95 %.</p>", _wide(table)]
+    problems = read_json(next(iter(arms.values()))[0] / "config.json")["eval_problems"]
+    curves = {name: [pd.DataFrame(history(path)) for path in paths] for name, paths in arms.items()}
+    data = pd.concat([c.assign(arm=name, seed=i) for name, seeds in curves.items() for i, c in enumerate(seeds)])
+    one_task = len(set(table["task"])) == 1
+    if one_task:
+        parts += [_saved(root, "learning", plots.learning_figure(curves, problems), data)]
+    if one_task and len(arms) > 1:
+        parts += [_saved(root, "arms", plots.arms_figure({name: [arm_curve(p) for p in paths] for name, paths in arms.items()}), table)]
+    if one_task and (found := response(arms)):
+        parts += [_saved(root, "response", plots.response_figure(*found), found[1])]
+    return parts
+
+
+def _noise(root: Path, entries: Sequence[Entry]) -> list[str]:
+    """results.parquet, and tables and figure of the measurements of noise."""
+    tidy, other = [], []
+    for entry in entries:
+        if (entry.path / "results.parquet").is_file():
+            frame = pd.read_parquet(entry.path / "results.parquet")
+            if set(RESULTS) <= set(frame):
+                tidy.append(frame.assign(policy=entry.label())[RESULTS])
+            else:
+                for i, k in enumerate(("name", "key", *entry.shown)):
+                    value = {"name": entry.name, "key": entry.path.name}.get(k, entry.params.get(k))
+                    frame.insert(i, k if k not in frame else f"{k} (parameter)", _text(value) if isinstance(value, list | dict) else value)
+                other.append(frame)
+    for frames, name in ((tidy or other, "results"), (other if tidy else [], "training")):
+        if frames:
+            with replacing(root / f"{name}.parquet") as path:
+                pd.concat(frames, ignore_index=True).to_parquet(path)
+    if not tidy:
+        return []
+    results = pd.concat(tidy, ignore_index=True)
+    found, parts = efficiency(results), ["<h2>Noise of the estimates</h2>"]
+    views = {name: _shared_views(found, name) for name in ("var_d_shared", "var_gradient")}
+    if views := {name: k for name, k in views.items() if k}:
+        parts += [_saved(root, "efficiency", noise_plots.efficiency_figure(found, views), found)]
+    for baseline in ("count", "t_redraw"):
+        if baseline in set(results["design"]) and len(table := factors(results, baseline)):
+            parts += [f"<p>Times less variance than {baseline} at equal cost, with half a 95 % interval:</p>", _wide(table.reset_index())]
+    for quantity in ("share", "correlation", "var_rollouts"):
+        some = results[results["quantity"].str.startswith(quantity)]
+        parts += [_wide(some[["policy", "quantity", "value", "stderr"]].round(3))] if len(some) else []
+    return parts
 
 
 def _shared_views(found: pd.DataFrame, quantity: str) -> int:
@@ -153,71 +224,25 @@ def _shared_views(found: pd.DataFrame, quantity: str) -> int:
 
 
 def _saved(root: Path, name: str, figure, data: pd.DataFrame) -> str:
-    """A figure of the whole study as png, pdf and csv, and its place on the page."""
+    """A figure of the whole folder as png, pdf and csv, and its place on the page."""
     figure.savefig(root / "figures" / f"{name}.png", dpi=300)
     figure.savefig(root / "figures" / f"{name}.pdf", metadata={"CreationDate": None})
     data.to_csv(root / "figures" / f"{name}.csv", index=False)
-    return _figure(root, root / "figures" / f"{name}.png", CAPTIONS[name])
+    return _figure(root / "figures" / f"{name}.png")
 
 
-def _write_page(root: Path, title: str, parts: list[str]) -> Path:
-    page = root / "index.html"
-    with replacing(page) as new:
-        head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-        new.write_text(head + "\n".join(parts) + "</html>\n", encoding="utf-8")
-    return page
+def _figure(image: Path) -> str:
+    caption = html.escape(CAPTIONS.get(image.stem, image.stem))
+    data = base64.b64encode(image.read_bytes()).decode()
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
-def history(path: Path) -> list[dict]:
-    """The records of a training run's metrics.jsonl."""
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def solve_rates(label: str, path: Path, records: list[dict]) -> dict:
-    """Base and final greedy held-out solve rate in %, with Wilson intervals, and the CPU-free cost of getting there."""
-    n = read_json(path / "config.json")["eval_problems"]
-    evaluated = [r["eval_solve_rate"] for r in records if "eval_solve_rate" in r]
-    seconds = sum(t["rollout_s"] + t["update_s"] for t in map(json.loads, (path / "timing.jsonl").read_text().splitlines()))
-    row = {"run": label}
-    for name, rate in (("before", evaluated[0]), ("after", evaluated[-1])):
-        low, high = wilson(round(rate * n), n)
-        row[f"{name}, %"] = f"{100 * rate:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    return row | {"lowest, %": f"{100 * min(evaluated):.1f}", "problems": n, "steps": records[-1]["step"], "training s": f"{seconds:.0f}"}
-
-
-def grid_table(runs: list[Path]) -> pd.DataFrame:
-    """A row a (task, lam, lr): solve rates of its seeds and 95 % Student intervals of the final one and of the gain, in points."""
-    rows = []
-    for path in runs:
-        config, records = read_json(path / "config.json"), history(path)
-        evaluated = [100 * r["eval_solve_rate"] for r in records if "eval_solve_rate" in r]
-        timing = [json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()]
-        minutes = sum(t["rollout_s"] + t["update_s"] for t in timing) / 60
-        rows.append(
-            {k: config[k] for k in ("task", "lam", "lr", "seed")} | {"before": evaluated[0], "after": evaluated[-1], "min": minutes}
-        )
-    table = []
-    for (task, lam, lr), part in pd.DataFrame(rows).groupby(["task", "lam", "lr"], sort=False):
-        after, gain = mean_interval(list(part["after"])), mean_interval(list(part["after"] - part["before"]))
-        table.append(
-            {
-                "task": task, "lam": lam, "lr": lr, "seeds": len(part), "before": round(part["before"].mean(), 1),
-                "each seed": " ".join(f"{v:.1f}" for v in part["after"]), "after": round(after[0], 1),
-                "after_low": round(after[1], 1), "after_high": round(after[2], 1), "gain": round(gain[0], 1),
-                "gain_low": round(gain[1], 1), "gain_high": round(gain[2], 1), "minutes_a_seed": round(part["min"].mean(), 1),
-            }
-        )  # fmt: skip
-    return pd.DataFrame(table)
-
-
-def _figure(root: Path, image: Path, caption: str) -> str:
-    place = image.relative_to(root).as_posix()
-    return f'<figure><img src="{place}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+def _wide(frame: pd.DataFrame) -> str:
+    return f"<div class=wide>{frame.to_html(index=False, border=0)}</div>"
 
 
 def _provenance(root: Path, path: Path) -> str:
     made, place = read_json(path / "provenance.json"), path.relative_to(root).as_posix()
-    versions = ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items())
-    return (
-        f'<p><a href="{place}/executed.ipynb">{place}/executed.ipynb</a> · commit {str(made.get("git"))[:10]} · {html.escape(versions)}</p>'
-    )
+    versions = ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items() if v)
+    link = f'<a href="{html.escape(place)}/executed.ipynb">{html.escape(place)}/executed.ipynb</a>'
+    return f"<p>{link} · commit {str(made.get('git'))[:10]} · {html.escape(str(made.get('device')))} · {html.escape(versions)}</p>"

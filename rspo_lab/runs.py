@@ -198,7 +198,7 @@ def _lock(path: Path) -> IO[str]:
     raise RunError(f"{path} is in use by {owner}: wait for it, or end it (a notebook: shut down its kernel)")
 
 
-def _alive(path: Path) -> bool:
+def alive(path: Path) -> bool:
     """Whether some process holds the run's lock."""
     try:
         with open(path / ".lock") as file:
@@ -237,7 +237,7 @@ def load_runs(root: Path | str) -> "DataFrame":
             {
                 "name": path.parent.name,
                 "key": path.name,
-                "state": "dead" if state == "running" and not _alive(path) else state,
+                "state": "dead" if state == "running" and not alive(path) else state,
                 **read_json(path / "params.json"),
                 "progress": f"{progress['done']}/{progress['total']}" if progress else "",
                 "error": status["error"]["message"] if "error" in status else "",

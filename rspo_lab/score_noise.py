@@ -30,9 +30,10 @@ def score_rows(
 ) -> pd.DataFrame:  # fmt: skip
     """Bias and variance of the estimates of the score and of d, one row a (design, views, quantity).
 
-    quantity: bias_score, bias_d, var_score, var_d_shared (policy and reference on the same masks), var_d_independent; each the
-    mean over the batch's sequences, the last as the sum of the variances of the two scores.  stderr is the Monte-Carlo error of the
-    redraws at these sequences; it means nothing for t_iid and t_redraw, of infinite variance.  cost: non-empty views a sequence.  A number of views that a design cannot make is left out.
+    quantity: bias_score, bias_d, var_score, var_d_shared (policy and reference on the same masks), var_d_independent (the sum of the
+    variances of the two scores); each the mean over the batch's sequences.  stderr is the Monte-Carlo error of the redraws at these
+    sequences; it means nothing for t_iid and t_redraw, of infinite variance.  cost: non-empty views a sequence.  A number of views
+    that a design cannot make is left out.
     reliability: share of the variance of d between sequences and over masks together that is not noise; it is also the slope of
     exact on estimated d.  Its stderr is that of the noise.
 

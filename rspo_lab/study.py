@@ -1,159 +1,158 @@
-"""The main job on the tiny models, the grid of seeds behind the claims, and studies from files: notebook runs, then one page.
+"""What is to be run: the points of a study's file or of a grid over one notebook, each with its folder and its cost.
 
-A run is a subprocess of the command line with one thread, so two cores do two at a time and results do not depend on how
-many run; finished runs are skipped.
+A point is one notebook run.  A minute is one of a slot: a CPU core, or a GPU.
 """
 
-import os
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rspo_lab.files import read_json, replacing
-from rspo_lab.parameters import complete, declared
+from rspo_lab.parameters import ParameterError, coerce, complete, declared, unknown
 from rspo_lab.runs import run_path
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-SUDOKU = {
-    "model": "base-sudoku", "task": "sudoku", "prompts": 64, "group": 16, "steps": 300, "slice_size": 2048,
-    "eval_every": 25, "eval_problems": 256,
-}  # fmt: skip
-COUNTDOWN = {"model": "base-countdown", "task": "countdown", "prompts": 32, "steps": 450, "eval_every": 50, "eval_problems": 192}
-RATE = 3e-4  # the learning rate of the pair that `study` trains
+SCALES = ("cpu", "gpu")
+_KEYS = {"notebook", "parameters", "grid", "minutes", "gpu"}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One notebook run: its folder's name, the notebook and the parameters that differ from its defaults."""
+class Point:
+    """One run: its folder, the notebook, and the parameters that differ from the notebook's defaults."""
 
     name: str
-    notebook: str
-    given: dict[str, Any] = field(default_factory=dict)
-
-    def path(self, root: Path) -> Path:
-        source = NOTEBOOKS / self.notebook
-        return run_path(source, complete(declared(source), self.given), root, self.name)
-
-
-RSPO = Job("rspo", "02_train.ipynb", SUDOKU | {"lr": RATE})
-RAW = Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lr": RATE, "lam": 0.0})
-SEEDS = (0, 1, 2)
-GRID = [
-    *(Job("rspo", "02_train.ipynb", SUDOKU | {"lr": RATE, "seed": seed}) for seed in SEEDS),
-    *(Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lr": RATE, "lam": 0.0, "seed": seed}) for seed in SEEDS),
-    *(Job("countdown", "02_train.ipynb", COUNTDOWN | {"seed": seed}) for seed in SEEDS),
-    *(Job("raw_advantage", "02_train.ipynb", SUDOKU | {"lr": lr, "lam": 0.0, "seed": seed}) for lr in (1e-4, 3e-5) for seed in SEEDS),
-    *(Job("rspo", "02_train.ipynb", SUDOKU | {"lr": lr, "seed": seed}) for lr in (1e-4, 1e-3) for seed in SEEDS),
-]
+    notebook: Path
+    given: dict[str, Any]
+    path: Path
+    needs: tuple[Path, ...] = ()  # folders of the runs whose results it takes up
+    wave: int = 0  # 0 needs no other run, 1 needs some of 0, and so on
+    minutes: float | int | None = None  # what it is thought to take
 
 
-def study(runs: Path) -> int:
-    """Train with RSPO and with the raw advantage, measure variance and gap on the former; runs/study/index.html."""
-    root, began = (runs / "study").resolve(), time.monotonic()
-    measured = {"trained": str(RSPO.path(root))}
-    variance = Job("variance", "03_estimator_variance.ipynb", measured)
-    gap = Job("gap", "04_logratio_gap.ipynb", measured | {"prompts": 32})
-    for jobs in ([RSPO, RAW], [variance, gap]):
-        if code := run_jobs(jobs, root, at_once=2):
-            return code
-    from rspo_lab.report import study_page
+@dataclass(frozen=True)
+class Study:
+    """All points, those of lower waves first."""
 
-    page = study_page(root, {"RSPO": RSPO.path(root), "raw advantage (λ = 0)": RAW.path(root)}, variance.path(root), gap.path(root))
-    print(f"all done in {time.monotonic() - began:.0f} s: {page}")
-    return 0
+    title: str
+    points: list[Point] = field(default_factory=list)
 
+    @property
+    def waves(self) -> list[list[Point]]:
+        return [list(part) for _, part in itertools.groupby(self.points, key=lambda point: point.wave)]
 
-def grid(runs: Path) -> int:
-    """Every seed and learning rate behind the README's claims (about an hour on 2 cores), and their table in runs/study/."""
-    root = (runs / "study").resolve()
-    if code := run_jobs(GRID, root, at_once=os.cpu_count() or 1):
-        return code
-    from rspo_lab.report import grid_table
-
-    table = grid_table([job.path(root) for job in GRID])
-    with replacing(root / "grid.csv") as path:
-        table.to_csv(path, index=False)
-    print(table.to_string(index=False))
-    return 0
+    def cost(self, slots: int, left: Sequence[Point]) -> tuple[float, float] | None:
+        """(minutes of slots, minutes on the clock with so many slots) of the points left; None if one has no estimate."""
+        if any(point.minutes is None for point in left):
+            return None
+        total = clock = 0.0
+        for wave in self.waves:
+            free = [0.0] * slots
+            for point in wave:
+                if point in left:
+                    total += point.minutes
+                    free[free.index(min(free))] += point.minutes
+            clock += max(free)
+        return total, clock
 
 
-def run_study(file: Path, runs: Path) -> int:
-    """All runs of a study's file, then its page, tables and results.parquet in runs/<name of the file>/."""
-    root, began = (runs / file.stem).resolve(), time.monotonic()
-    waves, title = read_study(file, root)
-    for jobs in waves:
-        if code := run_jobs(jobs, root, at_once=os.cpu_count() or 1):
-            return code
-    from rspo_lab.report import sheet_page
+def read_study(file: Path, root: Path, scale: str = "cpu") -> Study:
+    """The points of a YAML file, whose folders are in `root`.
 
-    page = sheet_page(root, title, [(job.name, job.path(root)) for jobs in waves for job in jobs])
-    print(f"all done in {time.monotonic() - began:.0f} s: {page}")
-    return 0
-
-
-def read_study(file: Path, root: Path) -> tuple[list[list[Job]], str]:
-    """(runs that need nothing, those that need one of these, and so on; the title) of a YAML file.
-
-    `title: text` and `runs: {name: {notebook: file.ipynb, seeds: [0, 1], parameters: {...}}}`; a parameter "@name" is the folder of
-    the run of that name.  ValueError, naming the run, for anything else and for parameters that the notebook does not take.
+    `title: text` and `runs: {name: {notebook: file.ipynb, parameters: {...}, grid: {seed: [0, 1]}, minutes: {cpu: 3, gpu: 9},
+    gpu: {...}}}`: a point a combination of the grid's values; `gpu` holds what changes at that scale; a parameter "@name" is the
+    folder of the first point of the run of that name.  ValueError, naming the run, for anything else and for parameters that the
+    notebook does not take.
     """
-    sheet = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        sheet = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not a study in YAML: {error}") from None
     if not isinstance(sheet, dict) or set(sheet) != {"title", "runs"} or not isinstance(sheet["runs"], dict):
         raise ValueError(f"{file}: a study is `title: text` and `runs:` with a name for every run")
-    waves, places = {}, {}
+    points: list[Point] = []
     for name, run in sheet["runs"].items():
-        if not isinstance(run, dict) or not {"notebook"} <= set(run) <= {"notebook", "seeds", "parameters"}:
-            raise ValueError(f"{file}: run {name!r} takes notebook, seeds and parameters")
-        if not (NOTEBOOKS / run["notebook"]).is_file():
-            raise ValueError(f"{file}: run {name!r}: there is no notebook {run['notebook']!r} in {NOTEBOOKS}")
-        given, wave = dict(run.get("parameters") or {}), 0
-        for parameter, value in given.items():
-            if isinstance(value, str) and value.startswith("@"):
-                if value[1:] not in places:
-                    raise ValueError(f"{file}: run {name!r}: {value} names no run above it")
-                given[parameter], after = places[value[1:]]
-                wave = max(wave, after + 1)
-        for seed in run.get("seeds") or [None]:
-            job = Job(str(name), run["notebook"], given if seed is None else given | {"seed": seed})
-            try:
-                place = job.path(root)
-            except ValueError as error:
-                raise ValueError(f"{file}: run {name!r}: {error}") from None
-            places.setdefault(str(name), (str(place), wave))
-            waves.setdefault(wave, []).append(job)
-    return [waves[wave] for wave in sorted(waves)], str(sheet["title"])
+        try:
+            points += _points(str(name), run, {point.name: point for point in reversed(points)}, root, scale)
+        except ValueError as error:
+            raise ValueError(f"{file}: run {name!r}: {error}") from None
+    return Study(str(sheet["title"]), sorted(points, key=lambda point: point.wave))
 
 
-def run_jobs(jobs: list[Job], root: Path, *, at_once: int) -> int:
-    """Run what is not done yet, `at_once` side by side; the first code that is not 0, once all have ended."""
-    with ThreadPoolExecutor(at_once) as pool:
-        codes = list(pool.map(lambda job: _run(job, root), jobs))
-    return next((code for code in codes if code), 0)
+def grid_study(notebook: Path, fixed: Mapping[str, Any], grid: Mapping[str, list], root: Path) -> Study:
+    """A point a combination of the grid's values, for one notebook."""
+    return Study(f"{notebook.stem} over {', '.join(grid)}", _combine(notebook.stem, notebook, fixed, grid, root))
 
 
-def _run(job: Job, root: Path) -> int:
-    path = job.path(root)
-    label = f"{job.name}/{path.name}"
-    if read_json(path / "status.json").get("state") == "done":
-        _say(f"{label}: already done, skipped ({path})")
-        return 0
-    words = [w for name, value in job.given.items() for w in ("-p", name, str(value))]
-    command = [sys.executable, "-m", "rspo_lab.cli", "run", str(NOTEBOOKS / job.notebook), "--runs", str(root), "--name", job.name]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command + words, env=environment, text=True, **pipe) as process:
-        for line in process.stdout:
-            _say(f"{label}: {line.rstrip()}")
-    return process.returncode
+def grid_values(notebook: Path, words: Sequence[str]) -> dict[str, list]:
+    """{parameter: values} of NAME=VALUE,VALUE words, typed as the notebook declares; commas inside brackets or quotes do not part."""
+    parameters, grid = declared(notebook), {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not text:
+            raise ParameterError(f"--grid takes NAME=VALUE,VALUE, not {word!r}")
+        if name not in parameters:
+            raise unknown(name, parameters)
+        if name in grid:
+            raise ParameterError(f"the grid names {name} twice: write --grid {name}=VALUE,VALUE once")
+        grid[name] = [coerce(parameters[name], part.strip()) for part in _parted(text)]
+    return grid
 
 
-def _say(line: str) -> None:
-    """One write, so that lines of jobs that run side by side do not mix."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+def _points(name: str, run: Any, above: Mapping[str, Point], root: Path, scale: str) -> list[Point]:
+    """The points of one entry of a study's file; `above` holds the first point of each run that it may name."""
+    if not isinstance(run, dict) or not {"notebook"} <= set(run) <= _KEYS:
+        raise ValueError(f"it takes {', '.join(sorted(_KEYS))}, and a notebook at least")
+    notebook = NOTEBOOKS / str(run["notebook"])
+    if not notebook.is_file():
+        raise ValueError(f"there is no notebook {run['notebook']!r} in {NOTEBOOKS}")
+    parts = {key: run.get(key) or {} for key in _KEYS - {"notebook"}}
+    for key, part in parts.items():
+        if not isinstance(part, dict):
+            raise ValueError(f"{key} must be a mapping, not {part!r}")
+    if odd := [parameter for parameter, values in parts["grid"].items() if not isinstance(values, list) or not values]:
+        raise ValueError(f"grid: {odd[0]} needs a list of values")
+    if unheard := sorted(set(parts["minutes"]) - set(SCALES)):
+        raise ValueError(f"minutes are of {' and '.join(SCALES)}, not of {unheard[0]!r}")
+    given, needed = dict(parts["parameters"] | (parts["gpu"] if scale == "gpu" else {})), []
+    for parameter, value in given.items():
+        if isinstance(value, str) and value.startswith("@"):
+            if value[1:] not in above:
+                raise ValueError(f"{value} names no run above it")
+            needed.append(above[value[1:]])
+            given[parameter] = str(needed[-1].path)
+    wave = max((point.wave + 1 for point in needed), default=0)
+    needs = tuple(point.path for point in needed)
+    return _combine(name, notebook, given, parts["grid"], root, needs=needs, wave=wave, minutes=parts["minutes"].get(scale))
+
+
+def _combine(name, notebook, fixed, grid, root, **others) -> list[Point]:
+    """A point a combination; all parameters are checked."""
+    if both := sorted(set(fixed) & set(grid)):
+        raise ParameterError(f"{both[0]} is given and in the grid: keep one")
+    parameters, points = declared(notebook), []
+    for values in itertools.product(*grid.values()):
+        given = {**fixed, **dict(zip(grid, values))}
+        path = run_path(notebook, complete(parameters, given), root, name)
+        if path not in [point.path for point in points]:
+            points.append(Point(name, notebook, given, path, **others))
+    return points
+
+
+def _parted(text: str) -> list[str]:
+    """`text` parted at its commas, but not inside brackets or quotes."""
+    parts, depth, quote = [""], 0, ""
+    for c in text:
+        if c == "," and not depth and not quote:
+            parts.append("")
+            continue
+        parts[-1] += c
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "\"'":
+            quote = c
+        else:
+            depth += (c in "([{") - (c in ")]}")
+    return parts

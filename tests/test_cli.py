@@ -175,16 +175,6 @@ def test_grade_prints_text_or_json(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_study_gives_its_exit_code(capsys, monkeypatch):
-    module = types.ModuleType("rspo_lab.study")
-    module.study = lambda runs: 7 if runs == Path("there") else 0
-    module.grid = lambda runs: 5
-    module.run_study = lambda file, runs: 3 if file == Path("a.yaml") else 0
-    monkeypatch.setitem(sys.modules, "rspo_lab.study", module)
-    assert [main(["study", "--runs", "there"]), main(["study"]), main(["study", "--grid"])] == [7, 0, 5]
-    assert main(["study", "a.yaml"]) == 3 and main(["study", "a.yaml", "--grid"]) == 2
-
-
 def test_broken_run_directory_is_no_traceback(capsys):
     run = open_run(Path("runs/a/1"), {"lam": 0.1})
     (run.path / "status.json").write_text("{")

@@ -13,7 +13,7 @@ LEVELS = [  # a file imports only from the levels before its own, or from files 
     {"parameters", "provenance", "estimators", "oracle", "rollout", "plots", "noise_plots", "grading", "runs", "views"},
     {"model", "evaluation", "notebook"},
     {"config", "base_model", "checkpoints", "scores", "training"},
-    {"score_noise", "gradient_noise", "gap", "live", "report", "study", "cli"},
+    {"score_noise", "gradient_noise", "gap", "live", "arms", "report", "study", "board", "sweep", "cli"},
 ]
 
 

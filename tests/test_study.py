@@ -1,28 +1,42 @@
-"""The page and the table from small runs, and that the study skips what is done."""
+"""Studies from files: what they run, the page and the table that come of it."""
 
 import json
+import re
+import shutil
+from base64 import b64decode
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from test_training import Folder, base, config  # noqa: F401
 
-from rspo_lab import report, study
+from rspo_lab import arms, report, study
 from rspo_lab.cli import main
 from rspo_lab.config import TrainConfig
-from rspo_lab.notebook import run_notebook
+from rspo_lab.diagnostics import stratified_bootstrap
+from rspo_lab.files import read_json
 from rspo_lab.parameters import complete, declared
 from rspo_lab.training import train
 
 
-class Pictures(HTMLParser):
-    def __init__(self):
+class Page(HTMLParser):
+    """The pictures of a page, and whether it points to anything outside its folder."""
+
+    def __init__(self, page: Path):
         super().__init__()
-        self.sources = []
+        self.pictures, self.links = [], []
+        self.feed(page.read_text())
 
     def handle_starttag(self, tag, attributes):
-        if tag in ("img", "a"):
-            self.sources.append(dict(attributes).get("src") or dict(attributes)["href"])
+        found = dict(attributes)
+        if tag == "img":
+            self.pictures.append(b64decode(found["src"].removeprefix("data:image/png;base64,"), validate=True))
+        for name in ("src", "href"):
+            if not found.get(name, "data:").startswith("data:"):
+                self.links.append(found[name])
 
 
 SHEET = """
@@ -30,9 +44,11 @@ title: A small study
 runs:
   rspo:
     notebook: 02_train.ipynb
-    seeds: [0, 1]
+    grid: {seed: [0, 1]}
+    minutes: {cpu: 1, gpu: 2}
+    gpu: {steps: 1}
     parameters: &arm {model: base-sudoku, task: sudoku, steps: 2, prompts: 2, group: 4, eval_every: 1, eval_problems: 8, device: cpu}
-  raw_advantage: {notebook: 02_train.ipynb, seeds: [0, 1], parameters: {<<: *arm, lam: 0.0}}
+  raw_advantage: {notebook: 02_train.ipynb, grid: {seed: [0, 1]}, parameters: {<<: *arm, lam: 0.0}}
   late:
     notebook: 03_estimator_variance.ipynb
     parameters: {trained: "@rspo", designs: [count, bsc, one_step], views: [1, 2], prompts: 2, group: 4, redraws: 50,
@@ -42,156 +58,170 @@ runs:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A study of two arms of two seeds and one measurement, from its file."""
+    """A study of two arms of two seeds and one measurement, from its file, in this process."""
     runs = tmp_path_factory.mktemp("runs")
-    (runs / "study.yaml").write_text(SHEET)
-    assert study.run_study(runs / "study.yaml", runs) == 0
-    waves, _ = study.read_study(runs / "study.yaml", runs / "study")
-    return runs / "study", waves[0]
+    (runs / "small.yaml").write_text(SHEET)
+    assert main(["sweep", str(runs / "small.yaml"), "--runs", str(runs), "--cluster", "debug"]) == 0
+    return runs / "small", study.read_study(runs / "small.yaml", runs / "small").points
 
 
 def test_a_study_file_ends_in_one_page_and_one_table(finished):
-    root, _ = finished
-    pictures = Pictures()
-    pictures.feed((root / "index.html").read_text())
-    assert all((root / source).is_file() for source in pictures.sources)
-    assert {"figures/arms.png", "figures/efficiency.png"} <= set(pictures.sources)
+    root, points = finished
+    page = Page(root / "index.html")
+    assert all(picture.startswith(b"\x89PNG") for picture in page.pictures)
+    assert len(page.pictures) == 2 + 1 + sum(len(list((point.path / "figures").glob("*.png"))) for point in points)
+    assert all((root / link).is_file() for link in page.links) and len(page.links) == len(points)
     results = pd.read_parquet(root / "results.parquet")
     assert list(results) == ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
     assert set(results["policy"]) == {"late"} and {"var_gradient", "var_rollouts", "share_token_d", "reliability"} <= set(
         results["quantity"]
     )
     assert set(results.loc[results["design"] == "one_step", "views"]) == {1}  # two views of it are refused, and left out
-    arms = pd.read_csv(root / "figures/arms.csv").set_index("arm")
-    assert list(arms.index) == ["rspo", "raw_advantage"] and (arms["seeds"] == 2).all()
+    table = pd.read_csv(root / "figures/arms.csv").set_index("arm")
+    assert list(table.index) == ["rspo", "raw advantage"] and (table["seeds"] == 2).all()
+    training = pd.read_parquet(root / "training.parquet")
+    assert set(training["name"]) == {"rspo", "raw_advantage"} and set(training["seed"]) == {0, 1} and len(training) == 4 * 3
 
 
 def test_arm_curves_add_up_what_was_spent(finished):
-    root, jobs = finished
-    path = jobs[0].path(root)
-    curve, records = report.arm_curve(path), report.history(path)
+    path = finished[1][0].path
+    curve, records = arms.arm_curve(path), arms.history(path)
     assert curve["step"].tolist() == [0, 1, 2] and curve["rate"].tolist() == [r["eval_solve_rate"] for r in records]
     assert curve["forwards"].tolist() == pytest.approx([0, records[1]["forwards"], records[1]["forwards"] + records[2]["forwards"]])
     assert curve["seconds"].is_monotonic_increasing and curve["seconds"].iloc[0] == 0
     assert records[1]["forwards"] == pytest.approx(4 * records[1]["forward_passes"])  # one level: reference, policy, backward (2)
 
 
+def written(folder: Path, config: dict, *rates: float) -> Path:
+    """A training run's files: `rates` at steps 0, 2, 4 ..., 3 forwards a completion and 2 s a step."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"seed": 0, "task": "sudoku", "eval_problems": 10} | config))
+    records = [{"step": 0, "eval_solve_rate": rates[0], "d_mean": 0.0}]
+    for i, rate in enumerate(rates[1:]):
+        records += [{"step": 2 * i + 1, "forwards": 3.0}, {"step": 2 * i + 2, "forwards": 3.0, "eval_solve_rate": rate}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 9, "half a l')
+    times = [{"step": i, "update_s": 2.0} for i in range(1, 2 * len(rates) - 1)]
+    (folder / "timing.jsonl").write_text("".join(json.dumps(r) + "\n" for r in times))
+    return folder
+
+
 def test_arms_table_by_hand(tmp_path):
     """Two arms of two seeds: final rates 60, 80 and 70, 100; the paired difference is 15 +- 12.706 * 5."""
-    arms = {}
-    for arm, finals in (("a", (0.6, 0.8)), ("b", (0.7, 1.0))):
-        for seed, final in enumerate(finals):
-            folder = tmp_path / f"{arm}{seed}"
-            folder.mkdir()
-            (folder / "config.json").write_text(json.dumps({"seed": seed}))
-            records = [
-                {"step": 0, "eval_solve_rate": 0.5},
-                {"step": 1, "forwards": 3.0},
-                {"step": 2, "forwards": 4.0, "eval_solve_rate": final},
-            ]
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-            (folder / "timing.jsonl").write_text("".join(json.dumps({"step": i, "update_s": 2.0}) + "\n" for i in (1, 2)))
-            arms.setdefault(arm, []).append(folder)
-    a, b = report.arms_table(arms).to_dict("records")
+    found = {
+        arm: [written(tmp_path / f"{arm}{seed}", {"seed": seed}, 0.5, final) for seed, final in enumerate(finals)]
+        for arm, finals in (("a", (0.6, 0.8)), ("b", (0.7, 1.0)))
+    }
+    a, b = arms.arms_table(found).to_dict("records")
     assert a["final, %"].startswith("70.0 [") and a["each seed"] == "60.0 80.0" and a["final over the first, points"] == ""
-    assert b["final over the first, points"] == "+15.0 [-48.5, +78.5]" and b["forwards a completion"] == "7" and b["update s"] == "4"
+    assert a["final, bootstrap"] == "[60.0, 80.0]" and a["before, %"] == "50.0"  # of two seeds a quarter of the redraws is all one
+    assert b["final over the first, points"] == "+15.0 [-48.5, +78.5]" and b["forwards a completion"] == "6" and b["update s"] == "4"
 
 
+def test_one_seed_has_the_interval_of_its_problems_and_tasks_are_strata(tmp_path):
+    runs = [written(tmp_path / "s", {}, 0.5, 0.6), written(tmp_path / "c", {"task": "countdown"}, 0.1, 0.2)]
+    sudoku, countdown, both = arms.arms_table({"a": runs}).to_dict("records")
+    assert sudoku["final, %"] == "60.0 [31.3, 83.2] (Wilson)" and countdown["task"] == "countdown"
+    assert (both["task"], both["seeds"], both["final, %"], both["final, bootstrap"]) == ("all", 2, "40.0", "[40.0, 40.0]")
+
+
+def test_response_is_of_one_number(tmp_path):
+    found = {f"{lam}": [written(tmp_path / f"{lam}{s}", {"lam": lam, "seed": s}, 0.5, 0.6 + lam) for s in (0, 1)] for lam in (0.3, 0.0, 0.1)}
+    name, rates = arms.response(found)
+    assert name == "lam" and rates["value"].tolist() == [0.0, 0.1, 0.3] and rates["rate"].tolist() == pytest.approx([60, 70, 90])
+    assert arms.response({k: found[k] for k in ("0.3", "0.0")}) is None
+    found["x"] = [written(tmp_path / "x", {"lam": 0.2, "task": "sums"}, 0.5, 0.6)]
+    assert arms.response(found) is None
+
+
+def test_stratified_bootstrap_against_all_redraws_and_its_coverage():
+    """Two strata of two: the 16 redraws can be listed.  With 5 normal seeds it covers the mean less often than it says."""
+    strata = [[0.0, 1.0], [0.0, 10.0]]
+    every = [(a + b) / 4 for a in (0, 1, 1, 2) for b in (0, 10, 10, 20)]
+    generator = torch.Generator().manual_seed(0)
+    mean, low, high = stratified_bootstrap(strata, generator=generator, resamples=20000)
+    assert mean == 2.75 and [low, high] == pytest.approx(np.quantile(every, [0.025, 0.975]).tolist(), abs=0.3)
+    for seeds, said in ((3, 0.71), (5, 0.83)):
+        draws = np.random.default_rng(seeds).normal(size=(1500, seeds)).tolist()
+        inside = [low <= 0 <= high for _, low, high in (stratified_bootstrap([d], generator=generator, resamples=400) for d in draws)]
+        assert np.mean(inside) == pytest.approx(said, abs=0.04)
+
+
+@pytest.mark.parametrize("scale", study.SCALES)
 @pytest.mark.parametrize("file", sorted((study.NOTEBOOKS / "studies").glob("*.yaml")), ids=lambda file: file.stem)
-def test_committed_studies_are_valid(file, tmp_path):
-    waves, title = study.read_study(file, tmp_path)
-    places = [job.path(tmp_path) for jobs in waves for job in jobs]
-    assert title and len(set(places)) == len(places)
-    for job in waves[0]:
-        if job.notebook == "02_train.ipynb":
-            TrainConfig(**complete(declared(study.NOTEBOOKS / job.notebook), job.given))
+def test_committed_studies_are_valid_and_say_what_they_cost(file, scale, tmp_path):
+    found = study.read_study(file, tmp_path, scale)
+    assert found.title and len({point.path for point in found.points}) == len(found.points)
+    assert found.cost(1, found.points)[0] > 0
+    for point in found.points:
+        if point.notebook.name == "02_train.ipynb":
+            TrainConfig(**complete(declared(point.notebook), point.given))
+
+
+def test_scales_differ_in_what_the_file_says(tmp_path):
+    (tmp_path / "small.yaml").write_text(SHEET)
+    cpu, gpu = (study.read_study(tmp_path / "small.yaml", tmp_path, scale) for scale in study.SCALES)
+    assert [(p.given["steps"], p.minutes) for p in (cpu.points[0], gpu.points[0])] == [(2, 1), (1, 2)]
+    assert cpu.points[0].path != gpu.points[0].path and cpu.points[2].given == gpu.points[2].given
 
 
 def test_runs_wait_for_the_runs_that_they_name(tmp_path):
     sheet = SHEET + '  later: {notebook: 04_logratio_gap.ipynb, parameters: {trained: "@late"}}\n'
     (tmp_path / "chain.yaml").write_text(sheet)
-    waves, _ = study.read_study(tmp_path / "chain.yaml", tmp_path)
-    assert [{job.name for job in jobs} for jobs in waves] == [{"rspo", "raw_advantage"}, {"late"}, {"later"}]
-    assert waves[2][0].given["trained"] == str(waves[1][0].path(tmp_path))
+    waves = study.read_study(tmp_path / "chain.yaml", tmp_path).waves
+    assert [{point.name for point in points} for points in waves] == [{"rspo", "raw_advantage"}, {"late"}, {"later"}]
+    assert waves[2][0].given["trained"] == str(waves[1][0].path) and waves[2][0].needs == (waves[1][0].path,)
 
 
 def test_a_page_without_common_views_or_with_seeds_of_a_measurement(finished, tmp_path):
     """Two seeds of one measurement, and one at other views: the page is written, with the tables and without that figure."""
-    root, _ = finished
-    (late,) = (root / "late").iterdir()
-    results, runs = pd.read_parquet(late / "results.parquet"), []
-    for seed, views in ((0, 2), (1, 2), (2, 4)):
-        folder = tmp_path / f"m/{seed}"
+    late = finished[1][-1].path
+    results = pd.read_parquet(late / "results.parquet")
+    for name, seed, views in (("m", 0, 2), ("m", 1, 2), ("n", 2, 4)):
+        folder = tmp_path / f"{name}/{seed}"
         folder.mkdir(parents=True)
         (folder / "params.json").write_text(json.dumps({"seed": seed}))
-        (folder / "provenance.json").write_text("{}")
+        (folder / "status.json").write_text('{"state": "done"}')
         results[results["views"] == 2].assign(views=views).to_parquet(folder / "results.parquet")
-        runs.append(("m", folder))
-    page = report.sheet_page(tmp_path, "t", runs)
-    assert "m (seed 1)" in page.read_text() and not (tmp_path / "figures/efficiency.png").exists()
+    page = report.report(tmp_path)
+    assert "m, seed = 1" in page.read_text() and not (tmp_path / "figures/efficiency.png").exists()
     assert len(pd.read_parquet(tmp_path / "results.parquet")["policy"].unique()) == 3
 
 
 @pytest.mark.parametrize("change, said", [
-    (("title: A small study", ""), "a study is `title: text`"), (("seeds: [0, 1]", "sedes: [0, 1]"), "'rspo' takes notebook, seeds"),
+    (("title: A small study", ""), "a study is `title: text`"), (("grid: {seed: [0, 1]}", "gird: {seed: [0, 1]}"), "'rspo': it takes gpu, grid, minutes, notebook"),
     (("02_train", "2_train"), "there is no notebook '2_train.ipynb'"), (("@rspo", "@rsop"), "'late': @rsop names no run above it"),
-    (("lam: 0.0", "lamm: 0.0"), "'raw_advantage': unknown parameter 'lamm'"),
+    (("lam: 0.0", "lamm: 0.0"), "'raw_advantage': unknown parameter 'lamm'"), (("seed: [0, 1]", "seed: 0"), "'rspo': grid: seed needs a list"),
+    (("minutes: {cpu: 1", "minutes: {tpu: 1"), "'rspo': minutes are of cpu and gpu, not of 'tpu'"), (("gpu: {steps: 1}", "gpu: 1"), "gpu must be a map"),
 ])  # fmt: skip
 def test_a_bad_study_file_is_refused_before_anything_runs(change, said, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text(SHEET.replace(*change, 1))
-    assert main(["study", str(tmp_path / "bad.yaml"), "--runs", str(tmp_path / "runs")]) == 2
+    assert main(["sweep", str(tmp_path / "bad.yaml"), "--runs", str(tmp_path / "runs")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_second_call_skips_and_says_so(finished, capsys):
-    root, jobs = finished
-    assert study.run_jobs(jobs, root, at_once=2) == 0
-    said = capsys.readouterr().out
-    assert said.count("already done, skipped") == 4
+    root, points = finished
+    assert main(["sweep", str(root.parent / "small.yaml"), "--runs", str(root.parent), "--cluster", "debug"]) == 0
+    assert f"{len(points)} points in {root}: {len(points)} done, 0 to run" in capsys.readouterr().out
 
 
-def test_page_shows_files_that_exist(finished):
-    root, jobs = finished
-    rspo, raw = (job.path(root) for job in jobs[::2])
-    gap = run_notebook(
-        study.NOTEBOOKS / "04_logratio_gap.ipynb", {"trained": str(rspo), "prompts": 2, "group": 2}, runs=root, report=lambda line: None
-    ).path
-    page = report.study_page(root, {"RSPO": rspo, "raw": raw}, gap, gap)
-    pictures = Pictures()
-    pictures.feed(page.read_text())
-    assert len(pictures.sources) >= 8 and all((root / source).is_file() for source in pictures.sources)
-    assert (root / "figures/learning.csv").is_file() and "runs/" not in "".join(pictures.sources)
-
-
-def test_grid_table_by_hand(tmp_path):
-    """Two seeds of one setting: mean, Student interval with 1 degree of freedom, and gain in points."""
-    paths = []
-    for seed, rates in enumerate(((0.5, 0.4, 0.6), (0.5, 0.7, 0.8))):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"task": "sudoku", "lam": 0.1, "lr": 1e-3, "seed": seed, "eval_problems": 10}))
-        records = [{"step": i, "eval_solve_rate": r} for i, r in enumerate(rates)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        (folder / "timing.jsonl").write_text(json.dumps({"rollout_s": 60.0, "update_s": 60.0}) + "\n")
-        paths.append(folder)
-    (row,) = report.grid_table(paths).to_dict("records")
-    assert row["seeds"] == 2 and row["after"] == 70 and row["gain"] == 20 and row["minutes_a_seed"] == 2
-    assert row["after_high"] == pytest.approx(70 + 12.706 * 10, abs=0.1)
-
-
-def test_a_failing_run_fails_the_study(tmp_path, capsys):
-    bad = study.Job("bad", "02_train.ipynb", {"model": "/nowhere", "steps": 1})
-    assert study.run_jobs([bad], tmp_path / "study", at_once=1) == 2
-    assert "no model at /nowhere" in capsys.readouterr().out
-
-
-def test_grid_and_pair_share_their_runs(tmp_path):
-    """The pair that the study trains is the grid's seed 0 at the shared rate: nothing is trained twice."""
-    places = {job.path(tmp_path) for job in study.GRID}
-    assert study.RSPO.path(tmp_path) in places and study.RAW.path(tmp_path) in places and len(places) == len(study.GRID)
+def test_a_report_tells_of_a_sweep_that_is_under_way(finished, tmp_path):
+    """Of three points one is done, one died and one has not begun: all are listed, with the parameter that differs."""
+    done = finished[1][0].path
+    params = read_json(done / "params.json")
+    listed = [{"name": "rspo", "key": key, "params": params | {"lr": lr}} for key, lr in (("a", 0.1), ("b", 0.2), ("c", 0.3))]
+    (tmp_path / "sweep.json").write_text(json.dumps({"title": "Rates & more", "points": listed}))
+    (tmp_path / "rspo").mkdir()
+    shutil.copytree(done, tmp_path / "rspo/a")
+    (tmp_path / "rspo/b").mkdir()
+    (tmp_path / "rspo/b/params.json").write_text(json.dumps(listed[1]["params"]))
+    (tmp_path / "rspo/b/status.json").write_text('{"state": "running", "progress": {"done": 1, "total": 2, "note": "reward <b>"}}')
+    text = report.report(tmp_path).read_text()
+    assert "<h1>Rates &amp; more</h1>" in text and text.index("Not done") < text.index("What was run")
+    rows = re.findall(r"<td>(done|dead|waiting)</td>", text)
+    assert rows == ["done", "dead", "waiting"] and "<td>0.3</td>" in text and "<th>lr</th>" in text
 
 
 def test_trained_histories_read_back(base, tmp_path):  # noqa: F811
     history = train(config(base, steps=1), Folder(tmp_path / "run"))
-    assert report.history(tmp_path / "run") == history
-    assert isinstance(report.solve_rates("x", tmp_path / "run", history), dict) and pd.DataFrame(history).shape[0] == 2
+    assert arms.history(tmp_path / "run") == history and len(history) == 2

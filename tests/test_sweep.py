@@ -1,0 +1,254 @@
+"""Sweeps: grids, slots, order, resuming after SIGKILL, Slurm by its commands; the report lists every point."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from throwaway import make
+
+from rspo_lab import sweep as module
+from rspo_lab.board import Board
+from rspo_lab.cli import main
+from rspo_lab.files import read_json, write_json
+from rspo_lab.parameters import ParameterError
+from rspo_lab.runs import claim, load_runs, release
+from rspo_lab.study import Point, Study, grid_study, grid_values
+from rspo_lab.sweep import resources, summary, sweep
+
+COUNTING = """import json, os, time
+import pandas as pd
+file = run.path / "at.json"
+at = json.loads(file.read_text()) if file.exists() else 0
+with open(run.path / "starts.txt", "a") as starts:
+    starts.write(f"{os.getpid()} {at} {os.environ.get('CUDA_VISIBLE_DEVICES')} {os.environ.get('OMP_NUM_THREADS')}\\n")
+for i in range(at, steps):
+    time.sleep(pace)
+    file.write_text(str(i + 1)); run.progress(i + 1, steps)
+assert lam < 100, "lam is too large"
+run.results(pd.DataFrame({"loss": [lam * steps]}))"""
+PARAMETERS = "steps: int = 2\nlam: float = 0.1\npace: float = 0.0\nseed: int = 0\ndesign: str = 'count'"
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """A notebook that counts its steps in a file, so that it resumes, and writes down each start."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+    (tmp_path / "notebooks").mkdir()
+    return make(tmp_path / "notebooks", COUNTING, "run.finish()", parameters=PARAMETERS)
+
+
+def starts(point: Path) -> list[list[str]]:
+    return [line.split() for line in (point / "starts.txt").read_text().splitlines()]
+
+
+def test_values_of_a_grid_are_typed_and_parted_outside_brackets(notebook):
+    found = grid_values(notebook, ["lam=0,1e-1, 3", "design=count,bsc(0.5, 0.5)"])
+    assert found == {"lam": [0.0, 0.1, 3.0], "design": ["count", "bsc(0.5, 0.5)"]}
+    for words, said in (
+        (["lam"], "NAME=VALUE,VALUE"), (["lamm=1"], "did you mean 'lam'"), (["lam=1", "lam=2"], "twice"), (["steps=a"], "expected int"),
+    ):  # fmt: skip
+        with pytest.raises(ParameterError, match=said):
+            grid_values(notebook, words)
+    with pytest.raises(ParameterError, match="lam is given and in the grid"):
+        grid_study(notebook, {"lam": 1.0}, {"lam": [1.0]}, Path("runs"))
+
+
+def test_equal_points_are_run_once(notebook, tmp_path):
+    assert len(grid_study(notebook, {}, {"lam": [0.1, 0.2, 0.1]}, tmp_path).points) == 2
+
+
+def test_cost_of_waves_on_slots(tmp_path):
+    """Three points of 4, 2 and 2 minutes on two slots take 4 on the clock; a second wave of one adds its own."""
+    kinds = [(0, 4), (0, 2), (0, 2), (1, 3)]
+    points = [Point(str(i), tmp_path, {}, tmp_path / str(i), wave=w, minutes=m) for i, (w, m) in enumerate(kinds)]
+    study = Study("t", points)
+    assert study.cost(2, points) == (11, 7) and study.cost(1, points) == (11, 11) and study.cost(2, points[1:]) == (7, 5)
+    assert Study("t", [*points, Point("x", tmp_path, {}, tmp_path)]).cost(2, [Point("x", tmp_path, {}, tmp_path)]) is None
+
+
+def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(notebook, tmp_path, capfd):
+    """12 points on 2 slots; the first kernel that gets going and then the sweep itself are killed; the second call ends the rest."""
+    words = ["sweep", str(notebook), "--grid", "lam=1,2,3,4", "seed=0,1,2", "-p", "pace", "0.15", "-p", "steps", "8", "--jobs", "2"]
+    root = tmp_path / "runs/demo_sweep"
+    first = subprocess.Popen([sys.executable, "-m", "rspo_lab.cli", *words], start_new_session=True)
+    try:
+        deadline, killed = time.monotonic() + 120, None
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            going = [file.parent for file in root.rglob("at.json") if read_json(file.parent / "status.json").get("state") == "running"]
+            if killed is None and going and json.loads((going[0] / "at.json").read_text() or "0") >= 2:
+                killed = going[0]
+                os.kill(int(starts(killed)[0][0]), signal.SIGKILL)
+            states = [read_json(file).get("state") for file in root.rglob("status.json")]
+            if killed and states.count("done") >= 3:
+                break
+        assert killed and time.monotonic() < deadline
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)  # and with it the jobs' processes; their kernels see that and end
+        first.wait()
+    done = {path for path in root.glob("demo/*") if read_json(path / "status.json").get("state") == "done"}
+    assert killed not in done and 3 <= len(done) < 12
+    assert main(words) == 0
+    said = capfd.readouterr().out
+    assert f"12 points in {root}: {len(done)} done, {12 - len(done)} to run" in said and said.rstrip().endswith("12 points: 12 done")
+    points = set(root.glob("demo/*"))
+    assert len(points) == 12 and all(len(starts(path)) == 1 for path in done)
+    assert len(starts(killed)) == 2 and int(starts(killed)[1][1]) >= 2  # went on from where it was
+    page = (root / "index.html").read_text()
+    assert all(path.name in page for path in points)
+    results = pd.read_parquet(root / "results.parquet")
+    assert len(results) == 12 and sorted(results["lam"].unique()) == [1, 2, 3, 4] and set(results["name"]) == {"demo"}
+    assert (results["loss"] == 8 * results["lam"]).all()
+    assert main(words) == 0 and "12 done, 0 to run" in capfd.readouterr().out
+
+
+def test_a_failed_point_is_told_first_and_fails_the_sweep(notebook, tmp_path, capsys):
+    words = ["sweep", str(notebook), "--grid", "lam=1,200", "--cluster", "debug", "--name", "bad"]
+    assert main(words) == 1
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith("2 points: 1 done, 1 failed") and "lam is too large" in said
+    page = (tmp_path / "runs/bad/index.html").read_text()
+    assert "Not done" in page and page.index("lam is too large") < page.index("What was run")
+
+
+def test_a_point_waits_for_what_it_needs_and_is_left_if_that_fails(notebook, tmp_path):
+    base = grid_study(notebook, {}, {"lam": [0.5, 200.0]}, tmp_path).points
+    late = [grid_study(notebook, {"seed": 7 + i}, {"steps": [1]}, tmp_path).points[0] for i in (0, 1)]
+    late = [Point("demo", notebook, point.given, point.path, needs=(base[i].path,), wave=1) for i, point in enumerate(late)]
+    lines = []
+    states = sweep(Study("t", [*base, *late]), tmp_path, resources("local", jobs=2), said=lines.append)
+    assert [states[point.path] for point in (*base, *late)] == ["done", "failed", "done", "waiting"]
+    assert any("needs demo, which is not done" in line for line in lines)
+    assert summary(states) == "4 points: 2 done, 1 failed, 1 waiting"
+    began = [(point.path / "starts.txt").stat().st_mtime for point in (base[0], late[0])]
+    assert began[1] > (base[0].path / "results.parquet").stat().st_mtime > began[0]
+
+
+def test_a_slot_a_gpu(notebook, tmp_path, monkeypatch):
+    """Two points on two "GPUs" see one each; without any, none."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    study = grid_study(notebook, {"pace": 0.5}, {"lam": [1.0, 2.0]}, tmp_path)
+    sweep(study, tmp_path, resources("local", gpus=2), said=lambda line: None)
+    assert sorted(starts(point.path)[0][2] for point in study.points) == ["3", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    other = grid_study(notebook, {}, {"lam": [3.0]}, tmp_path)
+    sweep(other, tmp_path, resources("local", jobs=1), said=lambda line: None)
+    assert starts(other.points[0].path)[0][2:] == ["1"]  # CUDA_VISIBLE_DEVICES is empty: no GPU by accident
+
+
+def test_what_another_process_runs_is_waited_for(notebook, tmp_path):
+    study = grid_study(notebook, {}, {"lam": [1.0]}, tmp_path)
+    path = study.points[0].path
+    claim(path, read_params(study))
+    write_json(path / "status.json", {"state": "running"})
+    lines = []
+
+    def said(line):
+        lines.append(line)
+        if "in another process" in line:
+            release(path)
+
+    assert set(sweep(study, tmp_path, resources("local", jobs=1), said=said).values()) == {"done"}
+    assert any("in another process, waited for" in line for line in lines)
+
+
+def read_params(study: Study) -> dict:
+    from rspo_lab.parameters import complete, declared
+
+    return complete(declared(study.points[0].notebook), study.points[0].given)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--jobs", "0"], "at least 1"), (["--jobs", "2", "--gpus", "1"], "give one of them"), (["--cluster", "moon"], "local, slurm, debug"),
+    (["--slurm", "qos=low"], "goes with --cluster slurm"), (["--timeout", "0"], "more than 0 minutes"), (["--gpus", "99"], "--gpus 99"),
+    (["--name", "a/b"], "one folder name"), (["--cluster", "slurm", "--slurm", "--qos=1"], "expected at least one argument"),
+])  # fmt: skip
+def test_bad_options_are_refused_before_anything_runs(notebook, tmp_path, capsys, words, said):
+    assert main(["sweep", str(notebook), "--grid", "lam=1", *words]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_what_to_sweep_is_checked(notebook, tmp_path, capsys):
+    assert main(["sweep", str(notebook)]) == 2 and "which points?" in capsys.readouterr().err
+    assert main(["sweep", str(tmp_path / "no.yaml")]) == 2 and "there is no file" in capsys.readouterr().err
+    (tmp_path / "a.yaml").write_text("title: [")
+    assert main(["sweep", str(tmp_path / "a.yaml")]) == 2 and "is not a study in YAML" in capsys.readouterr().err
+    assert main(["sweep", str(tmp_path / "a.yaml"), "--grid", "lam=1"]) == 2 and "write them in the file" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "none")]) == 2 and "no folder of runs" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "notebooks")]) == 2 and "there are no runs" in capsys.readouterr().err
+
+
+def test_dry_run_lists_and_runs_nothing(notebook, tmp_path, capsys):
+    assert main(["sweep", str(notebook), "--grid", "lam=1,2", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "demo lam=1.0: waiting" in said and "2 points in" in said and "estimated cost: unknown" in said
+    assert not (tmp_path / "runs").exists()
+
+
+SQUEUE = """#!/bin/sh
+# each call is one tick: waiting, running, gone
+n=$(cat {0}/ticks 2>/dev/null || echo 0); echo $((n + 1)) > {0}/ticks
+[ -f {0}/ids ] || exit 0
+if [ $n -lt 2 ]; then while read id; do echo "$id PENDING"; done < {0}/ids; fi
+"""
+SBATCH = """#!/bin/sh
+# takes an array as Slurm does, and runs its tasks here, one after the other
+n=$(($(cat {0}/arrays 2>/dev/null || echo 40) + 1)); echo $n > {0}/arrays
+cp "$1" {0}/script-$n
+tasks=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$1"); folder=$(dirname "$1")
+for i in $(seq 0 ${{tasks:-0}}); do id=$n; [ -n "$tasks" ] && id=${{n}}_$i; echo $id >> {0}/ids; done
+echo "Submitted batch job $n"
+"""
+
+
+def test_slurm_arrays_are_submitted_in_order_and_not_twice(notebook, tmp_path, monkeypatch):
+    """The commands stand in for Slurm (`make test-slurm` has a real one): options, dependency, and no second submission."""
+    bin_, control = tmp_path / "bin", tmp_path / "control"
+    for folder in (bin_, control):
+        folder.mkdir()
+    for name, text in (("squeue", SQUEUE), ("sbatch", SBATCH), ("srun", "#!/bin/sh\n")):
+        (bin_ / name).write_text(text.format(control))
+        (bin_ / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(bin_), prepend=os.pathsep)
+    monkeypatch.setattr(module, "POLL_SLURM", 0.05)
+    base = grid_study(notebook, {}, {"lam": [1.0, 2.0]}, tmp_path / "s").points
+    late = grid_study(notebook, {"seed": 5}, {"lam": [3.0]}, tmp_path / "s").points[0]
+    late = Point(late.name, notebook, late.given, late.path, needs=(base[0].path,), wave=1)
+    study, lines = Study("t", [*base, late]), []
+    on = resources("slurm", gpus=2, timeout_min=30.0, slurm=("partition=long", "exclusive", "mem-per-gpu=80G"))
+    states = sweep(study, tmp_path / "s", on, said=lines.append)
+    assert set(states.values()) == {"waiting"} and any("Slurm job 41_0 is over and the run is not" in line for line in lines)
+    first, second = ((control / f"script-{n}").read_text() for n in (41, 42))
+    for option in ("array=0-1%2", "partition=long", "exclusive", "mem-per-gpu=80G", "gpus-per-node=1", "time=30", "requeue"):
+        assert f"#SBATCH --{option}\n" in first, option
+    assert "dependency=afterany:41" in second and "dependency" not in first
+    (control / "ticks").write_text("0")  # they are in the queue again: a second call looks on
+    assert read_json(tmp_path / "s/jobs.json") and not (control / "script-43").exists()
+    sweep(study, tmp_path / "s", on, said=lines.append)
+    assert not (control / "script-43").exists()
+    sweep(study, tmp_path / "s", on, said=lines.append)  # now they are gone and not done: submitted anew
+    assert (control / "script-43").exists()
+
+
+def test_the_board_redraws_in_place_on_a_terminal(tmp_path, monkeypatch, capsys):
+    points = [Point("a", tmp_path, {"lam": 1.0}, tmp_path / "1"), Point("a", tmp_path, {"lam": 2.0}, tmp_path / "2")]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    board = Board(points, print)
+    board.note(points[0], "running", "")
+    board.show()
+    board.note(points[0], "failed", "no memory")
+    board.close()
+    said = capsys.readouterr().out
+    assert "a lam=1.0  running" in said and "\x1b[3F" in said and "failed   no memory" in said and "1 failed, 1 waiting" in said
+
+
+def test_load_runs_does_not_take_submitit_for_runs(notebook, tmp_path):
+    study = grid_study(notebook, {}, {"lam": [1.0]}, tmp_path / "s")
+    sweep(study, tmp_path / "s", resources("debug"), said=lambda line: None)
+    assert len(load_runs(tmp_path / "s")) == 1
