@@ -52,7 +52,7 @@ def arms_table(arms: dict[str, list[Path]]) -> pd.DataFrame:
             runs.setdefault(config["task"], {})[config["seed"]] = path
         finals = []
         for task, seeds in runs.items():
-            curves = {seed: arm_curve(path) for seed, path in seeds.items()}
+            curves = {seed: arm_curve(path) for seed, path in sorted(seeds.items())}
             found = {seed: (100 * c["rate"].iloc[-1], 100 * c["rate"].iloc[1:].mean()) for seed, c in curves.items()}
             compared = first.setdefault(task, found)
             final, mean = ([pair[i] for pair in found.values()] for i in (0, 1))

@@ -59,7 +59,9 @@ def learning_figure(arms: dict[str, list[pd.DataFrame]], problems: int) -> Figur
             _line(right, d, "d_mean", look["color"], label, smooth=True)
         left.set(xlabel="step", title="Held-out solve rate, greedy")
         right.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
-        right.set(xlabel="step", title="Mean ELBO log-ratio on policy, nats", yscale="symlog")
+        right.set(xlabel="step", title="Mean ELBO log-ratio on policy, nats")
+        if max(map(abs, right.get_ylim())) > 5:  # one of them came apart
+            right.set_yscale("symlog")
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 

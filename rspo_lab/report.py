@@ -22,12 +22,13 @@ from rspo_lab.score_noise import efficiency, factors
 
 RESULTS = ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
-img { max-width: 100%; height: auto } figcaption { color: #555 } figure { margin: 1.5rem 0 } nav { columns: 2; margin: 1rem 0 }
-.wide { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0; font-size: .85rem }
-td, th { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
+img { max-width: min(100%, 56rem); height: auto } figcaption { color: #555 } figure { margin: 1.5rem 0 } nav { columns: 2; margin: 1rem 0 }
+.wide { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0; font-size: .8rem }
+td, th { padding: .15rem .5rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
+td { white-space: nowrap } td.text { white-space: normal }
 td:first-child, th:first-child, td.text { text-align: left } .failed { color: #b00020 } section { break-inside: avoid-page }
-@media print { body { font-size: 10pt; max-width: none; margin: 0 } table { font-size: 7pt } td, th { padding: .1rem .25rem }
+@media print { body { font-size: 10pt; max-width: none; margin: 0 } table { font-size: 7pt } td, th { padding: .1rem .2rem; white-space: normal }
   .wide { overflow: visible } figure, table { break-inside: avoid } a { color: inherit; text-decoration: none } }
 """
 CAPTIONS = {
