@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: study test lab clean
+.PHONY: study test test-slurm lab clean
 
 study: .venv/installed  ## the main job on the embedded tiny model: figures in runs/study/index.html
 	$(BIN)/rspo-lab sweep notebooks/studies/study.yaml
@@ -9,6 +9,9 @@ study: .venv/installed  ## the main job on the embedded tiny model: figures in r
 test: .venv/installed  ## lint and tests
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+test-slurm: .venv/installed  ## sweeps on a real Slurm of one node, which it installs (root, Debian)
+	$(BIN)/python -m pytest -s tests/slurm_end_to_end.py
 
 lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks

@@ -8,10 +8,11 @@ import torch
 from rspo_lab.advantages import ADVANTAGES
 from rspo_lab.masks import design as design_named
 from rspo_lab.model import find
+from rspo_lab.objectives import RECIPES
 from rspo_lab.tasks import task as task_named
 
 CHOICES = {
-    "objective": ("rspo", "reinforce_elbo"), "advantage": ADVANTAGES, "scope": ("batch", "group", "none"),
+    "objective": RECIPES, "advantage": ADVANTAGES, "scope": ("batch", "group", "none"),
     "residual": ("shared", "leave_one_out"), "score_unit": ("sequence", "token"), "zero_variance": ("keep", "skip"),
     "lora": ("none", "all-linear", "d1"), "style": ("compact", "d1"), "dtype": ("float32", "bfloat16"),
 }  # fmt: skip

@@ -60,6 +60,19 @@ def reinforce_elbo(score: Float[Tensor, "R B"], advantage: Float[Tensor, " B"]) 
     return Loss(-(advantage * score).mean(), {"weight_rms": advantage.square().mean().sqrt().item(), "sign_flips": 0.0})
 
 
+def _rspo(config, score, reference, advantage) -> Loss:
+    d = score - reference if config.use_reference else score
+    return rspo(d, advantage, lam=config.lam, scope=config.scope_of(d), residual=config.residual)
+
+
+def _reinforce_elbo(config, score, reference, advantage) -> Loss:
+    return reinforce_elbo(score, advantage)
+
+
+# name: recipe(config, score, reference, advantage) of a training run; score has the gradient, both are (R, B) in the config's unit
+RECIPES = {"rspo": _rspo, "reinforce_elbo": _reinforce_elbo}
+
+
 def centre(d: Float[Tensor, "R B"], scope) -> Float[Tensor, "R B"]:
     """The mean of d over the rows of its scope, for every row."""
     if isinstance(scope, str):

@@ -28,7 +28,8 @@ img { max-width: min(100%, 56rem); height: auto } figcaption { color: #555 } fig
 td, th { padding: .15rem .5rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
 td { white-space: nowrap } td.text { white-space: normal }
 td:first-child, th:first-child, td.text { text-align: left } .failed { color: #b00020 } section { break-inside: avoid-page }
-@media print { body { font-size: 10pt; max-width: none; margin: 0 } table { font-size: 7pt } td, th { padding: .1rem .2rem; white-space: normal }
+@media print { body { font-size: 10pt; max-width: none; margin: 0 } table { font-size: 7pt }
+  td, th { padding: .1rem .2rem; white-space: normal }
   .wide { overflow: visible } figure, table { break-inside: avoid } a { color: inherit; text-decoration: none } }
 """
 CAPTIONS = {

@@ -28,19 +28,8 @@ from rspo_lab.masks import design as design_named
 from rspo_lab.model import DiffusionLM, add_lora, load, reference_of
 from rspo_lab.scores import accumulate_gradient, design_chooser, scorings
 from rspo_lab.tasks import task as task_named
+from rspo_lab.tracking import tracking
 from rspo_lab.views import CountProfile, count_profile
-
-
-def rspo(config, score, reference, advantage):
-    d = score - reference if config.use_reference else score
-    return objectives.rspo(d, advantage, lam=config.lam, scope=config.scope_of(d), residual=config.residual)
-
-
-def reinforce_elbo(config, score, reference, advantage):
-    return objectives.reinforce_elbo(score, advantage)
-
-
-RECIPES = {"rspo": rspo, "reinforce_elbo": reinforce_elbo}
 
 
 class Diverged(RuntimeError):
@@ -84,7 +73,8 @@ def train(
         history.append({"step": 0, "eval_solve_rate": _evaluate(config, policy, task, held_out)})
         append(files[0], history[-1])
     on_step(history[-1])
-    with _signals() as received:
+    with tracking(config, run.path) as track, _signals() as received:
+        track(history[-1])
         for step in range(done + 1, config.steps + 1):
             began = time.perf_counter()
             chosen = torch.randperm(len(problems), generator=generator(config.seed, step, "problems"))[: config.prompts]
@@ -112,6 +102,7 @@ def train(
                 save(config, run.path, step, parameters, optimizer)
             run.progress(step, config.steps, f"reward {record['reward']:.2f}")
             on_step(record)
+            track(record)
             if received:
                 raise Preempted(f"{signal.Signals(received[0]).name} after step {step}, which is saved: run again to go on from there")
             if stopping and step < config.steps:
@@ -211,7 +202,7 @@ def _update(config, policy, optimizer, parameters, rollouts, step, scoring):
     for group in optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, step / config.warmup if config.warmup else 1.0) * _cosine(step / config.steps)
     optimizer.zero_grad()
-    recipe = RECIPES[config.objective]
+    recipe = objectives.RECIPES[config.objective]
 
     def loss_of(draws):
         return recipe(config, draws[:, which] * unit, scoring.baseline_of(draws)[:, which] * unit, weight)

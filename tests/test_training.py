@@ -22,10 +22,10 @@ from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import elbo_draws
 from rspo_lab.masks import count
 from rspo_lab.model import load, reference_of
-from rspo_lab.objectives import rspo
+from rspo_lab.objectives import RECIPES, rspo
 from rspo_lab.scores import accumulate_gradient
 from rspo_lab.tasks import sudoku
-from rspo_lab.training import RECIPES, Diverged, Preempted, held_still, train
+from rspo_lab.training import Diverged, Preempted, held_still, train
 
 
 class Folder:
