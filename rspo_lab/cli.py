@@ -171,9 +171,13 @@ def _train(args: argparse.Namespace) -> int:
     try:
         train(config, run, on_step=on_step)
     except (Exception, KeyboardInterrupt) as error:
-        run.fail(type(error).__name__, str(error))
-        (run.path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        return _complain(f"{type(error).__name__}: {error}", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        message = f"{type(error).__name__}: {error}"
+        try:
+            run.fail(type(error).__name__, str(error))
+            (run.path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        except OSError as other:
+            message += f"; {run.path} cannot be written ({other.strerror}): mend that and run this again, it goes on from its checkpoint"
+        return _complain(message, 130 if isinstance(error, KeyboardInterrupt) else 1)
     run.finish()
     print(f"done: {run.path}")
     return 0

@@ -146,7 +146,7 @@ def _execute(notebook: Path, given: Mapping[str, Any], path: Path, deadline: flo
         papermill.execute_notebook(
             *(re.sub("([{}])", r"\1\1", str(file)) for file in (notebook, path / "executed.ipynb")),  # its paths are templates
             parameters=dict(given), kernel_name="python3", language="python", progress_bar=False, autosave_cell_every=30,
-            kernel_manager_class=Kernel, iopub_timeout=60, **limit,
+            kernel_manager_class=Kernel, start_timeout=600, iopub_timeout=60, **limit,
         )  # fmt: skip
     finally:
         log.disabled = False

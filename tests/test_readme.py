@@ -64,7 +64,8 @@ def test_the_task(reverse):
         assert [task.reward(text, example) for text in (task.solutions(example)[0], example.id + "a")] == [1.0, 0.0]
 
 
-def test_task_design_and_objective_train_together(reverse):
+def test_task_design_and_objective_train_together(reverse, monkeypatch):
+    monkeypatch.setattr(reverse[0], "reward", lambda text, example, **_: float(text < "d"))  # an untrained model never writes it backwards
     try:
         run(snippet('DESIGNS["halves"]'), **vars(masks))
         run(snippet('RECIPES["clipped"]'), **vars(objectives))
