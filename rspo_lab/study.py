@@ -4,6 +4,7 @@ A point is one notebook run.  A minute is one of a slot: a CPU core, or a GPU.
 """
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +123,7 @@ def _points(name: str, run: Any, above: Mapping[str, Point], root: Path, scale: 
             if value[1:] not in above:
                 raise ValueError(f"{value} names no run above it")
             needed.append(above[value[1:]])
-            given[parameter] = str(needed[-1].path)
+            given[parameter] = os.path.relpath(needed[-1].path, notebook.parent)  # where its kernel runs; so moved runs keep their keys
     wave = max((point.wave + 1 for point in needed), default=0)
     needs = tuple(point.path for point in needed)
     return _combine(name, notebook, given, parts["grid"], root, needs=needs, wave=wave, minutes=parts["minutes"].get(scale))

@@ -172,7 +172,19 @@ def test_runs_wait_for_the_runs_that_they_name(tmp_path):
     (tmp_path / "chain.yaml").write_text(sheet)
     waves = study.read_study(tmp_path / "chain.yaml", tmp_path).waves
     assert [{point.name for point in points} for points in waves] == [{"rspo", "raw_advantage"}, {"late"}, {"later"}]
-    assert waves[2][0].given["trained"] == str(waves[1][0].path) and waves[2][0].needs == (waves[1][0].path,)
+    late, later = waves[1][0], waves[2][0]
+    assert (study.NOTEBOOKS / later.given["trained"]).resolve() == late.path and later.needs == (late.path,)
+
+
+def test_keys_do_not_depend_on_where_the_project_lies(tmp_path, monkeypatch):
+    """In a copy of the project, runs beside its notebooks, the same points have the same keys."""
+    keys = []
+    for place in ("a", "b/c"):
+        shutil.copytree(study.NOTEBOOKS, tmp_path / place / "notebooks")
+        monkeypatch.setattr(study, "NOTEBOOKS", tmp_path / place / "notebooks")
+        found = study.read_study(tmp_path / place / "notebooks/studies/study.yaml", tmp_path / place / "runs/study")
+        keys.append([point.path.name for point in found.points])
+    assert keys[0] == keys[1] and len(keys[0]) == 4
 
 
 def test_a_page_without_common_views_or_with_seeds_of_a_measurement(finished, tmp_path):
