@@ -179,10 +179,9 @@ class Session:
     `on_hold(text)` is told what takes seconds before it begins.
     """
 
-    def __init__(
-        self, runs: dict[str, Path], *, prompts: int, group: int, redraws: int, seed: int, on_hold: Callable[[str], None] = lambda text: None
-    ) -> None:  # fmt: skip
-        self.runs, self.prompts, self.group, self.redraws, self.seed, self.on_hold = runs, prompts, group, redraws, seed, on_hold
+    def __init__(self, runs: dict[str, Path], *, prompts: int, group: int, redraws: int, seed: int) -> None:
+        self.runs, self.prompts, self.group, self.redraws, self.seed = runs, prompts, group, redraws, seed
+        self.on_hold: Callable[[str], None] = lambda text: None
         self._held: dict[tuple[str, int], Held] = {}
         self._curves: dict[tuple, pd.DataFrame] = {}
         self._decodings: dict[tuple, Decoding] = {}

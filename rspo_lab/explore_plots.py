@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from rspo_lab.style import INK, OKABE_ITO, POLICY, TARGET, design_look, new_figure
 
-WIDTH, ROW = 6.6, 2.2  # inches
+WIDTH, ROW, TOP, FOOT = 7.0, 2.2, 0.55, 0.4  # inches: of all, of a row, of legend and titles, of the labels below
 
 
 def panels_figure(labels: list[str], curves: list[pd.DataFrame], points: list[pd.DataFrame], look) -> Figure:
@@ -19,25 +19,28 @@ def panels_figure(labels: list[str], curves: list[pd.DataFrame], points: list[pd
 
     `look` is an `explore.Look`.  Rings mark the chosen problem's completions.
     """
-    with new_figure(WIDTH, 0.35 + ROW * len(labels)) as figure:
-        rows = figure.subplots(len(labels), 3, squeeze=False, sharex="col", sharey="col")
+    height = TOP + FOOT + ROW * len(labels) - 0.35
+    with new_figure(WIDTH, height) as figure:
+        figure.set_layout_engine("none")  # fixed places: no panel jumps as numbers change
+        places = {"left": 0.085, "right": 0.985, "bottom": FOOT / height, "top": 1 - TOP / height, "wspace": 0.27, "hspace": 0.25}
+        rows = figure.subplots(len(labels), 3, squeeze=False, sharex="col", sharey="col", gridspec_kw=places)
         for (variance, target, weight), label, curve, part in zip(rows, labels, curves, points):
             _variance(variance, curve, look)
             variance.set_ylabel(label)
             _points(target, part, "d_hat", "target", look.problem)
             target.axline((0, 0), slope=1, color=INK, linewidth=0.7, linestyle="--")
             r = part["d_hat"].corr(part["target"]) if part["d_hat"].std() > 0 and part["target"].std() > 0 else np.nan
-            target.set_title("Target A/λ against estimate d̂" + (f": r = {r:.2f}" if r == r else ""))
+            target.set_title("Target A/λ, nats" + (f" (r = {r:.2f})" if r == r else ""))
             _points(weight, part, "advantage", "weight", look.problem)
             weight.axline((0, 0), slope=1, color=INK, linewidth=0.7, linestyle="--")
             weight.axhline(0, color=INK, linewidth=0.5)
             told = part[part["advantage"] != 0]
             flips = (told["weight"] * told["advantage"] < 0).sum()
-            weight.set_title(f"Weight A − λd̂ against A: {flips} of {len(told)} flip")
-        for axis, name in zip(rows[-1], ("forwards a completion", "d̂, nats", "advantage A")):
+            weight.set_title(f"Weight A − λd̂ ({flips} of {len(told)} flip)")
+        for axis, name in zip(rows[-1], ("forwards a completion", "estimate d̂, nats", "advantage A")):
             axis.set_xlabel(name)
         handles = dict(zip(*reversed(rows[0, 1].get_legend_handles_labels())))
-        figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=3)
+        figure.legend(handles.values(), handles.keys(), loc="upper right", ncols=3)
     return figure
 
 
@@ -56,11 +59,11 @@ def _variance(axis, curve, look):
     here = seen[seen["views"] == look.views]
     axis.plot(here["cost"], here["value"], marker="o", markersize=10, markerfacecolor="none", color=TARGET, linestyle="")
     if len(here):
-        axis.set_title(f"Variance of {name}: {here['value'].iloc[0]:.3g} nats² at K = {look.views}")
+        axis.set_title(f"Variance of {name}: {here['value'].iloc[0]:.3g} at K = {look.views}")
     axis.set(xscale="log", yscale="log")
     axis.set_xticks(exact["cost"], [f"{cost:g}" for cost in exact["cost"]])
     axis.minorticks_off()
-    axis.legend()
+    axis.legend(loc="upper right")
 
 
 def _points(axis, part, x, y, problem):
@@ -95,6 +98,6 @@ def decoding_html(title: str, prompt: str, cells: pd.DataFrame, columns: int, re
     verdict = ("solved" if reward == 1 else "not solved") if frame >= last else f"step {frame} of {last}"
     return (
         f'<div style="display:inline-block;vertical-align:top;margin:0 24px 8px 0"><div style="font:12px/18px sans-serif">'
-        f"<b>{escape(title)}</b>: {verdict}<br><code>{escape(prompt)}</code></div>"
+        f"<b>{escape(title)}</b>: {verdict}<br>prompt <code>{escape(prompt)}</code></div>"
         f'<div style="display:grid;grid-template-columns:repeat({columns},46px);gap:3px;margin-top:4px">{"".join(boxes)}</div></div>'
     )

@@ -57,7 +57,8 @@ class Explorer:
         self.views = ipywidgets.SelectionSlider(options=sorted({*VIEWS, look.views}), value=look.views, description="K", **common)
         self.lam = ipywidgets.FloatLogSlider(value=look.lam, min=-3, max=1, step=0.1, readout_format=".3g", description="λ", **common)
         self.quantity = ipywidgets.Dropdown(options=QUANTITIES, value=look.quantity, description="variance of", **common)
-        self.again = ipywidgets.Button(description="draw the K masks again", layout=ipywidgets.Layout(width="252px", margin="2px 2px 2px 78px"))
+        beside = ipywidgets.Layout(width="252px", margin="2px 2px 2px 78px")
+        self.again = ipywidgets.Button(description="draw the K masks again", layout=beside)
         self.line = ipywidgets.Label("")
         self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width=f"{PIXELS * WIDTH:.0f}px", max_width="100%"))
         self.problem = ipywidgets.Dropdown(description="problem", **common)
@@ -76,7 +77,8 @@ class Explorer:
             ])
         )  # fmt: skip
         self._refresh()
-        self.frame.value = self.frame.max
+        self.play.value = self.frame.value = self.frame.max
+        self._decode()
         self.runs.observe(lambda change: self._move(runs=tuple(change["new"])), "value")
         for name in ("step", "design", "views", "lam", "quantity", "problem", "sampled"):
             getattr(self, name).observe(lambda change, name=name: self._move(**{name: change["new"]}), "value")
