@@ -83,9 +83,12 @@ class Decoding:
 def training_runs(root: Path | str) -> dict[str, Path]:
     """{name: folder} of the training runs under `root` that have saved policies, the latest first; {} if there are none."""
     root = Path(root)
-    folders = [p.parent for p in root.rglob("snapshots") if (p.parent / "config.json").is_file() and any(p.glob("[0-9]*"))]
-    folders.sort(key=lambda folder: max(p.stat().st_mtime for p in (folder / "snapshots").iterdir()), reverse=True)
-    return {_name(folder, root): folder for folder in folders}
+    latest = {}
+    for place in root.rglob("snapshots"):
+        saved = [p.stat().st_mtime for p in place.iterdir() if p.suffix != ".partial"]
+        if saved and (place.parent / "config.json").is_file():
+            latest[place.parent] = max(saved)
+    return {_name(folder, root): folder for folder in sorted(latest, key=latest.get, reverse=True)}
 
 
 def required_runs(root: Path | str) -> dict[str, Path]:

@@ -45,10 +45,10 @@ class Explorer:
     def __init__(self, session: Session, look: Look) -> None:
         self.session, self.look, self.lock, self.settling = session, look, threading.RLock(), False
         session.on_hold = self._say
-        style, wide = {"description_width": "70px"}, ipywidgets.Layout(width="330px")
+        style, wide = {"description_width": "80px"}, ipywidgets.Layout(width="340px")
         common = {"style": style, "layout": wide}
         self.runs = ipywidgets.SelectMultiple(
-            options=list(session.runs), value=look.runs, description="runs", rows=5, style=style, layout=ipywidgets.Layout(width="664px"),
+            options=list(session.runs), value=look.runs, description="runs", rows=5, style=style, layout=ipywidgets.Layout(width="684px"),
             tooltip="Several with Ctrl or Shift, to compare",
         )  # fmt: skip
         steps = session.steps(look.runs)
@@ -57,7 +57,7 @@ class Explorer:
         self.views = ipywidgets.SelectionSlider(options=sorted({*VIEWS, look.views}), value=look.views, description="K", **common)
         self.lam = ipywidgets.FloatLogSlider(value=look.lam, min=-3, max=1, step=0.1, readout_format=".3g", description="λ", **common)
         self.quantity = ipywidgets.Dropdown(options=QUANTITIES, value=look.quantity, description="variance of", **common)
-        beside = ipywidgets.Layout(width="252px", margin="2px 2px 2px 78px")
+        beside = ipywidgets.Layout(width="252px", margin="2px 2px 2px 88px")
         self.again = ipywidgets.Button(description="draw the K masks again", layout=beside)
         self.line = ipywidgets.Label("")
         self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width=f"{PIXELS * WIDTH:.0f}px", max_width="100%"))

@@ -1,6 +1,6 @@
 """The live figure's three duties: show the run, stop it between steps, and never get in its way.
 
-Training is a stand-in that keeps `training.train`'s contract; the kernel's page is tested by hand in a browser.
+Training is a stand-in that keeps `training.train`'s contract; the page itself is test_browser's.
 """
 
 import asyncio
@@ -13,7 +13,8 @@ import pytest
 from ipywidgets import Button
 from matplotlib.figure import Figure
 
-from rspo_lab import live
+from rspo_lab import live, plots
+from rspo_lab.checkpoints import pairs
 from rspo_lab.config import TrainConfig
 
 CONFIG = TrainConfig(model="base-sudoku", task="sudoku", steps=20)
@@ -170,3 +171,12 @@ def test_errors_of_drawing_are_said_and_do_not_end_it(stage, monkeypatch):
     monkeypatch.setattr(live.plots, "training_figure", lambda history, lam: Figure(figsize=(0, 1)))
     assert len(play(stage)) == 21
     assert line(stage).startswith("done: 20 steps (no figure: ")
+
+
+def test_a_run_stopped_before_its_first_evaluation_has_figures_to_show(tmp_path):
+    """The cells below the training must run to `run.finish()`, or the run would not be known as stopped."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_solve_rate": 0.5}\n')
+    recorded = pairs(tmp_path)
+    assert list(recorded.columns) == ["step", "d", "advantage", "reward"] and recorded.empty
+    (axis,) = plots.pairs_figure(recorded, 0.1).axes
+    assert "no step is evaluated yet" in axis.get_title()
