@@ -193,7 +193,9 @@ class Session:
         """At the latest run; step 0 is its last policy.  ValueError for what cannot be looked at."""
         name = next(iter(self.runs))
         step, _ = saved_policy(trained_run(self.runs[name])[1], step)
-        design_named(design)
+        design_named(design)(torch.ones(1, 4, dtype=torch.bool), views, generator=torch.Generator())  # refuses views it cannot make
+        if lam <= 0:
+            raise ValueError(f"the target A/lam needs lam > 0, not {lam}")
         if not 0 <= problem < self.prompts:
             raise ValueError(f"problem must be one of 0 to {self.prompts - 1} (prompts = {self.prompts}), not {problem}")
         return Look((name,), step, design, views, lam, problem=problem)

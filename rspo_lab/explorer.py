@@ -1,7 +1,10 @@
 """The explorer's widgets, a thin layer: a change makes a new `explore.Look`, and what that shows is drawn again."""
 
 import io
+import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import ipywidgets
@@ -55,7 +58,8 @@ class Explorer:
         self.step = ipywidgets.SelectionSlider(options=steps, value=look.step, description="step", continuous_update=False, **common)
         self.design = ipywidgets.Dropdown(options=designs(look.design), value=look.design, description="masks", **common)
         self.views = ipywidgets.SelectionSlider(options=sorted({*VIEWS, look.views}), value=look.views, description="K", **common)
-        self.lam = ipywidgets.FloatLogSlider(value=look.lam, min=-3, max=1, step=0.1, readout_format=".3g", description="λ", **common)
+        low, high = min(-3, math.floor(math.log10(look.lam))), max(1, math.ceil(math.log10(look.lam)))
+        self.lam = ipywidgets.FloatLogSlider(value=look.lam, min=low, max=high, step=0.1, readout_format=".3g", description="λ", **common)
         self.quantity = ipywidgets.Dropdown(options=QUANTITIES, value=look.quantity, description="variance of", **common)
         beside = ipywidgets.Layout(width="252px", margin="2px 2px 2px 88px")
         self.again = ipywidgets.Button(description="draw the K masks again", layout=beside)
@@ -106,21 +110,26 @@ class Explorer:
 
     def _refresh(self) -> None:
         """Draw everything for the look in hand; what cannot be shown is said in the line and leaves the rest as it was."""
-        try:
+        with self._saying():
             figure, png = figure_of(self.session, self.look), io.BytesIO()
             figure.savefig(png, format="png", dpi=2 * PIXELS)
             self.image.value = png.getvalue()
             problems = self.session.problems(self.look)
             self._settle(self.problem, [(name, i) for i, name in enumerate(problems)], self.look.problem)
             self.play.max = self.frame.max = max(d.frames for d in self.session.decodings(self.look)) - 1
-            self._decode()
+            self.grid.value = html_of(self.session, self.look, self.frame.value)
             self.line.value = ""
-        except Exception as error:
-            self.line.value = f"{type(error).__name__}: {error}"
 
     def _decode(self) -> None:
-        with self.lock:
+        with self.lock, self._saying():
             self.grid.value = html_of(self.session, self.look, self.frame.value)
+
+    @contextmanager
+    def _saying(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.line.value = f"{type(error).__name__}: {error}"
 
     def _say(self, text: str) -> None:
         self.line.value = text

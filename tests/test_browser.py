@@ -29,7 +29,7 @@ TINY = {
     "02_train.ipynb": {"steps": 4000, "prompts": 2, "group": 4, "eval_every": 1000, "eval_problems": 8, "device": "cpu"},
     "explore.ipynb": {"prompts": 2, "group": 4, "redraws": 50, "train_steps": 2},
 }
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+FLAGS = "--no-sandbox --disable-dev-shm-usage --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[test]")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium")
@@ -205,6 +205,7 @@ def test_explorer_moves_and_plays(open_notebook):
     grid, play = page.locator(".widget-html-content").last, page.locator(".widget-play button").first
     whole = grid.inner_text()
     assert "solved" in whole and "%" in whole
+    grid.scroll_into_view_if_needed()
     play.click()
     page.wait_for_function("grid => grid.innerText.includes('step 2 of')", arg=grid.element_handle())
     shoot(page, "explore-playing")

@@ -213,6 +213,8 @@ def test_session_holds_the_last_policy_saved_by_the_step_once(session, held, roo
     [
         ({"step": 5}, "no policy was saved at step 5; there are 0, 3, 6"),
         ({"design": "cont"}, "design must be one of"),
+        ({"design": "coupled", "views": 3}, "views must be even"),
+        ({"lam": 0.0}, "lam > 0"),
         ({"problem": 2}, "0 to 1"),
     ],
 )
@@ -291,6 +293,32 @@ def test_widgets_move_the_look_and_draw_it(session, held, monkeypatch):
     assert "views must be even" in shown.line.value and bytes(shown.image.value) != before  # the last one that could be drawn
     shown.runs.value = ()
     assert shown.look.runs == tuple(session.runs)  # nothing chosen changes nothing
+
+
+def test_a_run_that_cannot_be_shown_is_said_and_left_for_another(session, held, monkeypatch, tmp_path):
+    """The explorer opens on a run whose base is gone: the widgets must stay alive."""
+    fake_hold(monkeypatch, held, [])
+    works, tried = explore.hold, []
+
+    def hold(run, folder, step, **how):
+        tried.append(run)
+        if run == "gone":
+            raise FileNotFoundError("no model at /gone")
+        return works(run, folder, step, **how)
+
+    monkeypatch.setattr(explore, "hold", hold)
+    monkeypatch.setattr(explorer, "display", lambda box: None)
+    session.runs = {"gone": next(iter(session.runs.values()))} | session.runs
+    shown = explorer.Explorer(session, session.first_look(step=0, design="bsc", views=4, lam=50.0))
+    assert shown.line.value == "FileNotFoundError: no model at /gone" and not shown.image.value and shown.lam.value == 50.0
+    shown.runs.value = (list(session.runs)[1],)
+    assert shown.line.value == "" and shown.image.value and "solved" in html_after(shown)
+
+
+def html_after(shown):
+    """The grid once its slider is at the end."""
+    shown.frame.value = shown.frame.max
+    return shown.grid.value
 
 
 def test_other_runs_bring_their_own_steps(session, held, monkeypatch, tmp_path):
