@@ -1,6 +1,5 @@
 """The explorer's widgets, a thin layer: a change makes a new `explore.Look`, and what that shows is drawn again."""
 
-import io
 import math
 import threading
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 
 from rspo_lab.explore import VIEWS, Look, Session, designs
 from rspo_lab.explore_plots import WIDTH, decoding_html, panels_figure
-from rspo_lab.live import PIXELS, watched
+from rspo_lab.live import PIXELS, png, watched
 
 FRAME_MS = 500  # of the decoding's play
 QUANTITIES = {"d": "d", "the score": "score"}
@@ -111,9 +110,7 @@ class Explorer:
     def _refresh(self) -> None:
         """Draw everything for the look in hand; what cannot be shown is said in the line and leaves the rest as it was."""
         with self._saying():
-            figure, png = figure_of(self.session, self.look), io.BytesIO()
-            figure.savefig(png, format="png", dpi=2 * PIXELS)
-            self.image.value = png.getvalue()
+            self.image.value = png(figure_of(self.session, self.look))
             problems = self.session.problems(self.look)
             self._settle(self.problem, [(name, i) for i, name in enumerate(problems)], self.look.problem)
             self.play.max = self.frame.max = max(d.frames for d in self.session.decodings(self.look)) - 1

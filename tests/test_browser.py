@@ -29,7 +29,7 @@ TINY = {
     "02_train.ipynb": {"steps": 4000, "prompts": 2, "group": 4, "eval_every": 1000, "eval_problems": 8, "device": "cpu"},
     "explore.ipynb": {"prompts": 2, "group": 4, "redraws": 50, "train_steps": 2},
 }
-FLAGS = "--no-sandbox --disable-dev-shm-usage --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+FLAGS = "no-sandbox disable-dev-shm-usage disable-gpu disable-quic no-first-run disable-background-networking disable-sync".split()
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[test]")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium")
@@ -93,7 +93,7 @@ def _answers(ask) -> bool:
 @pytest.fixture(scope="module")
 def chromium():
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS.split())
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=[f"--{flag}" for flag in FLAGS])
         yield browser
         browser.close()
 

@@ -4,6 +4,7 @@ Training is a stand-in that keeps `training.train`'s contract; the page itself i
 """
 
 import asyncio
+import io
 import json
 import threading
 import time
@@ -12,6 +13,7 @@ import types
 import pytest
 from ipywidgets import Button
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from rspo_lab import live, plots
 from rspo_lab.checkpoints import pairs
@@ -119,6 +121,13 @@ def test_drawings_keep_their_distance(stage, monkeypatch):
     monkeypatch.setattr(live, "REDRAW", 60.0)
     play(stage)
     assert len(stage.drawn) == 2  # the first records, and the end
+
+
+def test_picture_is_the_figure_at_twice_the_pixels_it_takes_on_the_page():
+    figure = Figure(figsize=(2, 1), facecolor="#0072b2")
+    picture = imread(io.BytesIO(live.png(figure)))
+    assert picture.shape == (2 * live.PIXELS, 4 * live.PIXELS, 4)
+    assert (picture[5, 5, :3] * 255).round().tolist() == [0, 0x72, 0xB2] and (picture[..., 3] == 1).all()
 
 
 def test_stop_ends_after_the_step_in_hand_and_the_next_call_goes_on(stage):
