@@ -20,7 +20,7 @@ QUANTITIES = {"d": "d", "the score": "score"}
 
 def figure_of(session: Session, look: Look) -> Figure:
     """The panels of everything looked at."""
-    labels = [f"{h.run.split(':')[0].split('/')[-1]}, step {h.step}" for h in session.held(look)]
+    labels = [f"{'/'.join(h.run.split(':')[0].split('/')[-2:])}, step {h.step}" for h in session.held(look)]
     return panels_figure(labels, session.curves(look), session.points(look), look)
 
 

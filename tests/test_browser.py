@@ -161,7 +161,7 @@ def test_training_lives_stops_and_goes_on(lab, open_notebook):
     run_all(page)
     image = page.locator("img.jupyter-widgets").first
     image.wait_for()
-    another_picture(page, image)
+    seconds = [another_picture(page, image)]
     shoot(page, "train-running")
     page.locator("button.jupyter-button", has_text="Stop").click()
     page.locator(".jupyter-widgets", has_text="stopped after step").first.wait_for()
@@ -178,7 +178,8 @@ def test_training_lives_stops_and_goes_on(lab, open_notebook):
     wait_for(lambda: len(metrics(folder)) > len(stopped) + 2)
     image = page.locator("img.jupyter-widgets").first
     image.wait_for()
-    another_picture(page, image)
+    seconds.append(another_picture(page, image))
+    print("seconds between two pictures of the training:", [round(s, 1) for s in seconds])
     page.locator("button.jupyter-button", has_text="Stop").click()
     page.locator(".jupyter-widgets", has_text="stopped after step").first.wait_for()
     shoot(page, "train-resumed")

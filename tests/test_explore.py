@@ -244,6 +244,9 @@ def test_figure_rings_the_chosen_views_and_problem(held):
         assert axis.collections[-1].get_offsets().tolist() == points[points["problem"] == 1][columns].to_numpy().tolist()
         drawn = sorted(axis.collections[0].get_offsets().tolist() + axis.collections[1].get_offsets().tolist())
         assert drawn == sorted(points[columns].to_numpy().tolist())
+    for points in (points.assign(weight=[-1.0, 1, 1, -1, -1, 1], advantage=[1.0, 1, 0, -1, 1, 0]), points.assign(advantage=0.0)):
+        figure = panels_figure(["first"], [curve], [points], look)
+        assert ("2 of 4 flip" if points["advantage"].any() else "A = 0") in figure.axes[2].get_title()
 
 
 def test_figure_of_the_reference_itself_has_no_noise_of_d(root):
