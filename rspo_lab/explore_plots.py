@@ -35,8 +35,8 @@ def panels_figure(labels: list[str], curves: list[pd.DataFrame], points: list[pd
             weight.axline((0, 0), slope=1, color=INK, linewidth=0.7, linestyle="--")
             weight.axhline(0, color=INK, linewidth=0.5)
             told = part[part["advantage"] != 0]
-            flips = f"{(told['weight'] * told['advantage'] < 0).sum()} of {len(told)} flip" if len(told) else "A = 0: rewards agree"
-            weight.set_title(f"Weight A − λd̂ ({flips})")
+            flips = f"{(told['weight'] * told['advantage'] < 0).sum()} of {len(told)} flip"
+            weight.set_title(f"Weight A − λd̂ ({flips if len(told) else 'A = 0: rewards agree'})")
         for axis, name in zip(rows[-1], ("forwards a completion", "estimate d̂, nats", "advantage A")):
             axis.set_xlabel(name)
         handles = dict(zip(*reversed(rows[0, 1].get_legend_handles_labels())))
