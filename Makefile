@@ -13,8 +13,12 @@ test: .venv/installed  ## lint and tests
 test-slurm: .venv/installed  ## sweeps on a real Slurm of one node, which it installs (root, Debian)
 	$(BIN)/python -m pytest -s tests/slurm_end_to_end.py
 
-lab: .venv/installed  ## JupyterLab on the notebooks
+lab: .venv/kernel  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
+
+.venv/kernel: .venv/installed  # this environment under a name of its own in the menu of kernels
+	$(BIN)/python -m ipykernel install --sys-prefix --name rspo-lab --display-name "rspo-lab (.venv)"
+	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

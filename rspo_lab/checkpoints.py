@@ -68,8 +68,9 @@ def keep_steps(path: Path, done: int) -> None:
 
 
 def pairs(folder: Path) -> pd.DataFrame:
-    """A row a (evaluated step, sequence) of a run: step, d (the estimate, nats), advantage, reward."""
-    return pd.concat([pd.DataFrame(record) for record in read(folder / "sequences.jsonl")], ignore_index=True)
+    """A row a (evaluated step, sequence) of a run: step, d (the estimate, nats), advantage, reward; none before the first evaluation."""
+    frames = [pd.DataFrame(record) for record in read(folder / "sequences.jsonl")]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["step", "d", "advantage", "reward"], dtype=float)
 
 
 def trained_run(folder: str | Path) -> tuple[TrainConfig, dict[int, Path]]:

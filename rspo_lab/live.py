@@ -10,12 +10,15 @@ import time
 import ipywidgets
 from IPython import get_ipython
 from IPython.display import display
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 from rspo_lab import plots, training
 from rspo_lab.config import TrainConfig
 
 POLL = 0.1  # seconds
-REDRAW = 2.0  # seconds, or ten times what a drawing takes if that is longer: Python draws and trains by turns
+REDRAW = 2.0  # seconds, or five times what a drawing takes if that is longer: Python draws and trains by turns
 PIXELS = 120  # an inch of figure on the page, in CSS pixels; drawn at twice that
 
 
@@ -59,6 +62,16 @@ def watched() -> bool:
     return bool(kernel.get_parent("shell").get("content", {}).get("allow_stdin"))
 
 
+def png(figure: Figure) -> bytes:
+    """A finished figure as a picture for the page; `savefig` would lay it out and draw it once more, in more than twice the time."""
+    figure.set_layout_engine("none")
+    figure.set_dpi(2 * PIXELS)
+    canvas, file = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
+    imsave(file, canvas.buffer_rgba(), format="png")
+    return file.getvalue()
+
+
 class Panel:
     """Stop button, progress line and figure of one training; every method belongs to the kernel's main thread."""
 
@@ -99,15 +112,14 @@ class Panel:
         """Redraw the figure; what goes wrong here is said in the line and does not end the training."""
         began = time.thread_time()
         try:
-            figure, png = plots.training_figure(history, self.config.lam), io.BytesIO()
-            figure.savefig(png, format="png", dpi=2 * PIXELS)
-            self.image.value = png.getvalue()
+            figure = plots.training_figure(history, self.config.lam)
+            self.image.value = png(figure)
             self.image.layout.width, self.image.layout.display = f"{PIXELS * figure.get_figwidth():.0f}px", ""
             self.trouble = ""
         except Exception as error:
             self.trouble = f" (no figure: {type(error).__name__}: {error})"
         self.drawn = history[-1]["step"]
-        self.due = time.monotonic() + max(REDRAW, 10 * (time.thread_time() - began))
+        self.due = time.monotonic() + max(REDRAW, 5 * (time.thread_time() - began))
 
     def close(self, history: list[dict], stopped: bool, error: BaseException | None) -> None:
         """The last figure and how it ended."""

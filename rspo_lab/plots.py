@@ -195,6 +195,10 @@ def gap_summary_figure(summary: pd.DataFrame) -> Figure:
 def pairs_figure(pairs: pd.DataFrame, lam: float) -> Figure:
     """Estimate against advantage at the first and the last evaluated step; the line is the target A/lam."""
     steps = sorted(pairs["step"].unique())
+    if not steps:  # stopped before the first evaluation
+        with new_figure(PAGE, 2.2) as figure:
+            figure.subplots().set(title="no step is evaluated yet", xlabel="advantage A", ylabel="estimate d̂, nats")
+        return figure
     steps = [steps[0], steps[-1]]
     with new_figure(PAGE, 2.2) as figure:
         for axis, step in zip(figure.subplots(1, 2, sharex=True, sharey=True), steps):

@@ -1,9 +1,10 @@
 """The live figure's three duties: show the run, stop it between steps, and never get in its way.
 
-Training is a stand-in that keeps `training.train`'s contract; the kernel's page is tested by hand in a browser.
+Training is a stand-in that keeps `training.train`'s contract; the page itself is test_browser's.
 """
 
 import asyncio
+import io
 import json
 import threading
 import time
@@ -12,8 +13,10 @@ import types
 import pytest
 from ipywidgets import Button
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
-from rspo_lab import live
+from rspo_lab import live, plots
+from rspo_lab.checkpoints import pairs
 from rspo_lab.config import TrainConfig
 
 CONFIG = TrainConfig(model="base-sudoku", task="sudoku", steps=20)
@@ -120,6 +123,13 @@ def test_drawings_keep_their_distance(stage, monkeypatch):
     assert len(stage.drawn) == 2  # the first records, and the end
 
 
+def test_picture_is_the_figure_at_twice_the_pixels_it_takes_on_the_page():
+    figure = Figure(figsize=(2, 1), facecolor="#0072b2")
+    picture = imread(io.BytesIO(live.png(figure)))
+    assert picture.shape == (2 * live.PIXELS, 4 * live.PIXELS, 4)
+    assert (picture[5, 5, :3] * 255).round().tolist() == [0, 0x72, 0xB2] and (picture[..., 3] == 1).all()
+
+
 def test_stop_ends_after_the_step_in_hand_and_the_next_call_goes_on(stage):
     first = play(stage, lambda task: buttons(stage)[0].click())
     stopped = len(first) - 1
@@ -170,3 +180,12 @@ def test_errors_of_drawing_are_said_and_do_not_end_it(stage, monkeypatch):
     monkeypatch.setattr(live.plots, "training_figure", lambda history, lam: Figure(figsize=(0, 1)))
     assert len(play(stage)) == 21
     assert line(stage).startswith("done: 20 steps (no figure: ")
+
+
+def test_a_run_stopped_before_its_first_evaluation_has_figures_to_show(tmp_path):
+    """The cells below the training must run to `run.finish()`, or the run would not be known as stopped."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_solve_rate": 0.5}\n')
+    recorded = pairs(tmp_path)
+    assert list(recorded.columns) == ["step", "d", "advantage", "reward"] and recorded.empty
+    (axis,) = plots.pairs_figure(recorded, 0.1).axes
+    assert "no step is evaluated yet" in axis.get_title()

@@ -12,8 +12,10 @@ import nbformat
 import pandas as pd
 import pytest
 
+from rspo_lab.checkpoints import trained_run
 from rspo_lab.config import TrainConfig
 from rspo_lab.files import read_json
+from rspo_lab.gap import through_training
 from rspo_lab.notebook import run_notebook
 from rspo_lab.parameters import declared
 from rspo_lab.tasks import TASKS
@@ -97,6 +99,27 @@ def test_gap(runs, trained):
     assert sorted(frame["step"].unique()) == [0, 1, 2] and len(frame) == 24
     assert (frame["gap"] - (frame["target"] - frame["d_hat"])).abs().max() < 1e-9
     assert (frame["log_ratio"] - frame["d_exact"] - frame["elbo_gap"] + frame["elbo_gap_reference"]).abs().max() < 1e-9
+
+
+def test_explore(tmp_path):
+    """Where there is no training run it makes a short one; the table's points agree with the gap's own measurement of it."""
+    small = {"train_steps": 2, "prompts": 2, "group": 2, "redraws": 20, "design": "one_step", "views": 1, "lam": 0.2}
+    path = run(tmp_path / "runs", "explore.ipynb", small)
+    assert {p.stem for p in (path / "figures").iterdir()} == {"panels", "decoding-0"}
+    frame = pd.read_parquet(path / "results.parquet")
+    points = frame[frame["panel"] == "gap"].reset_index()
+    config, policies = trained_run(path)
+    measured = through_training(config, {2: policies[2]}, prompts=2, group=2, design="one_step", views=1, lam=0.2, seed=0)
+    for column in ("reward", "advantage", "d", "d_exact", "d_hat", "target", "gap", "weight"):
+        assert points[column].tolist() == pytest.approx(measured[column].tolist(), abs=1e-4), column
+
+
+def test_explore_refuses_a_folder_without_training_runs(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    given = {"runs": str(tmp_path / "nothing")}
+    outcome = run_notebook(FOLDER / "explore.ipynb", given, runs=tmp_path / "runs", report=lambda line: None)
+    assert outcome.code == 2 and "no training run with saved policies under" in outcome.message
+    assert "run notebook 02_train" in outcome.message and not (tmp_path / "runs").exists()
 
 
 def test_bare_papermill_gives_the_same_run(trained, tmp_path):

@@ -10,10 +10,10 @@ import yaml
 ROOT = Path(__file__).parent.parent
 LEVELS = [  # a file imports only from the levels before its own, or from files before it in its level
     {"batch", "keys", "files", "tracking", "masks", "advantages", "objectives", "architectures", "diagnostics", "tasks", "style"},
-    {"parameters", "provenance", "estimators", "oracle", "rollout", "plots", "noise_plots", "grading", "runs", "views"},
+    {"parameters", "provenance", "estimators", "oracle", "rollout", "plots", "noise_plots", "explore_plots", "grading", "runs", "views"},
     {"model", "evaluation", "notebook"},
     {"config", "base_model", "checkpoints", "scores", "training"},
-    {"score_noise", "gradient_noise", "gap", "live", "arms", "report", "study", "board", "sweep", "cli"},
+    {"score_noise", "gradient_noise", "gap", "live", "explore", "explorer", "arms", "report", "study", "board", "sweep", "cli"},
 ]
 
 
