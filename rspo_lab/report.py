@@ -27,7 +27,7 @@ img { max-width: min(100%, 56rem); height: auto } figcaption { color: #555 } fig
 .wide { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0; font-size: .8rem }
 td, th { padding: .15rem .5rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
 td { white-space: nowrap } td.text { white-space: normal }
-td:first-child, th:first-child, td.text { text-align: left } .failed { color: #b00020 } section { break-inside: avoid-page }
+td:first-child, th:first-child, td.text, .text th { text-align: left } .failed { color: #b00020 } section { break-inside: avoid-page }
 @media print { body { font-size: 10pt; max-width: none; margin: 0 } table { font-size: 7pt }
   td, th { padding: .1rem .2rem; white-space: normal }
   .wide { overflow: visible } figure, table { break-inside: avoid } a { color: inherit; text-decoration: none } }
@@ -49,6 +49,9 @@ CAPTIONS = {
     "exact": "Estimate against exact ELBO ratio (mask noise), and exact ELBO ratio against exact log-ratio (bias of the ELBO).",
     "summary": "ELBO gap, mean log-ratio on policy, and correlations through training.",
 }
+NOTE = """Greedy held-out solve rates in %; n is in <i>seeds</i>, intervals are 95 %. <i>mean</i>: of all evaluations but the first. Δ: points
+above the first arm, paired by seed. <i>bootstrap</i>: percentiles over seeds redrawn within a task, too narrow for few of them; all others are
+Student's, or Wilson's over the problems where there is one seed. <i>forwards</i>: of scoring, a completion, all models, a backward is two."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def _failures(entries: Sequence[Entry]) -> list[str]:
         f"<td class=text>{html.escape(e.path.name)}</td></tr>"
         for e in entries
     )
-    return [f"<h2 class=failed>Not done</h2><div class=wide><table><tr><th>run<th>state<th>why<th>key</tr>{rows}</table></div>"]
+    return [f"<h2 class=failed>Not done</h2><div class='wide text'><table><tr><th>run<th>state<th>why<th>key</tr>{rows}</table></div>"]
 
 
 def _what_ran(entries: Sequence[Entry]) -> pd.DataFrame:
@@ -172,7 +175,8 @@ def _learning(root: Path, entries: Sequence[Entry]) -> list[str]:
     if not arms:
         return []
     table = arms_table(arms)
-    parts = ["<h2>Learning</h2>", "<p>Greedy held-out solve rates; n is in <i>seeds</i>, intervals are 95 %.</p>", _wide(table)]
+    short = {"mean over evaluations, %": "mean, %", "final over the first, points": "Δ final", "mean over the first, points": "Δ mean"}
+    parts = ["<h2>Learning</h2>", f"<p>{NOTE}</p>", _wide(table.rename(columns=short | {"forwards a completion": "forwards"}))]
     problems = read_json(next(iter(arms.values()))[0] / "config.json")["eval_problems"]
     curves = {name: [pd.DataFrame(history(path)) for path in paths] for name, paths in arms.items()}
     data = pd.concat([c.assign(arm=name, seed=i) for name, seeds in curves.items() for i, c in enumerate(seeds)])

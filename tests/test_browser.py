@@ -17,14 +17,16 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from test_study import written
 
-from rspo_lab.files import read_json
+from rspo_lab.files import read_json, write_json
 from rspo_lab.parameters import declared
+from rspo_lab.report import report
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SHOTS = Path(os.environ.get("RSPO_LAB_SCREENSHOTS", ROOT / "runs/browser"))
-PATIENCE = 60  # seconds for anything a page waits for
+PATIENCE = 120  # seconds for anything a page waits for
 TINY = {
     "02_train.ipynb": {"steps": 4000, "prompts": 2, "group": 4, "eval_every": 1000, "eval_problems": 8, "device": "cpu"},
     "explore.ipynb": {"prompts": 2, "group": 4, "redraws": 50, "train_steps": 2},
@@ -214,3 +216,34 @@ def test_explorer_moves_and_plays(open_notebook):
     page.wait_for_function("grid => grid.innerText.includes('step 5 of')", arg=grid.element_handle())
     play.click()  # pause
     assert 0 < early < grid.inner_text().count("%") <= whole.count("%")
+
+
+def test_a_report_is_read_from_disk_on_screen_and_on_paper(chromium, tmp_path):
+    """Two arms of two seeds and one that failed: every figure shows, nothing is asked of a network, nothing is cut off."""
+    for i, (lam, rate) in enumerate(((0.0, 0.4), (0.0, 0.5), (0.1, 0.7), (0.1, 0.6), (0.3, 0.5))):
+        folder = written(tmp_path / f"study/rspo/{i}", {"lam": lam, "seed": i % 2}, 0.5, rate)
+        write_json(folder / "params.json", {"lam": lam, "seed": i % 2, "views": 4})
+        failed = {"state": "failed", "error": {"kind": "cell", "message": "Diverged: " + "a long story " * 30}}
+        write_json(folder / "status.json", failed if lam == 0.3 else {"state": "done"})
+        write_json(folder / "provenance.json", {"git": "0" * 40, "versions": {"torch": "2.13.0", "a-long-package-name": "1.2.3"}})
+    requests, errors = [], []
+    page = chromium.new_page(viewport={"width": 1280, "height": 1400})
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(report(tmp_path / "study").as_uri())
+    assert page.locator("h2").first.inner_text() == "Not done" and page.locator("h2").nth(1).inner_text() == "What was run"
+    shown = "images => images.filter(i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width > 300).length"
+    count = page.locator("img").count()
+    assert count >= 2 and page.locator("img").evaluate_all(shown) == count
+    cut = "(all, width) => all.filter(e => e.getBoundingClientRect().right > width + 1).map(e => e.tagName + e.innerText)"
+    assert page.locator("p, td, th, img, figcaption").evaluate_all(cut, 1280) == []
+    assert page.locator(".wide").evaluate_all("all => all.every(e => e.scrollWidth <= e.clientWidth)")  # no table needs scrolling
+    shoot(page, "report")
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 718, "height": 1000})  # A4 less margins of 1 cm, in CSS pixels
+    assert page.locator("p, td, th, img, figcaption").evaluate_all(cut, 718) == []
+    shoot(page, "report-print")
+    assert page.pdf(format="A4").startswith(b"%PDF")
+    page.close()
+    assert errors == [] and all(url.startswith(("file:", "data:")) for url in requests)
