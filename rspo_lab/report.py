@@ -25,7 +25,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 img { max-width: min(100%, 56rem); height: auto } figcaption { color: #555 } figure { margin: 1.5rem 0 } nav { columns: 2; margin: 1rem 0 }
 .wide { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0; font-size: .8rem }
-td, th { padding: .15rem .5rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
+td, th { padding: .15rem .4rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
 td { white-space: nowrap } td.text { white-space: normal }
 td:first-child, th:first-child, td.text, .text th { text-align: left } .failed { color: #b00020 } section { break-inside: avoid-page }
 @media print { body { font-size: 10pt; max-width: none; margin: 0 } table { font-size: 7pt }
@@ -49,9 +49,10 @@ CAPTIONS = {
     "exact": "Estimate against exact ELBO ratio (mask noise), and exact ELBO ratio against exact log-ratio (bias of the ELBO).",
     "summary": "ELBO gap, mean log-ratio on policy, and correlations through training.",
 }
-NOTE = """Greedy held-out solve rates in %; n is in <i>seeds</i>, intervals are 95 %. <i>mean</i>: of all evaluations but the first. Δ: points
-above the first arm, paired by seed. <i>bootstrap</i>: percentiles over seeds redrawn within a task, too narrow for few of them; all others are
-Student's, or Wilson's over the problems where there is one seed. <i>forwards</i>: of scoring, a completion, all models, a backward is two."""
+NOTE = """Greedy held-out solve rates in %; n is in <i>seeds</i>, intervals are 95 %. <i>mean</i>: of all evaluations but the first.
+Δ: points above the first arm, paired by seed. <i>bootstrap</i>: percentiles over seeds redrawn within a task, too narrow for few of
+them; all others are Student's, or Wilson's over the problems where there is one seed. <i>forwards</i>: of scoring, a completion, all
+models, a backward is two."""
 
 
 @dataclass(frozen=True)
