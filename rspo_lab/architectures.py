@@ -44,6 +44,7 @@ class _Bidirectional:
     is_causal = False  # a class attribute, so that it also holds where config.json lacks the key
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("auto_map", None)  # names Python files that a saved folder would not hold
         super().__post_init__(**kwargs)
         self.is_causal = False
         self.use_cache = False

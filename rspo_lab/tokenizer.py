@@ -31,6 +31,7 @@ def read_tokenizer(name: str | Path, config: PreTrainedConfig) -> PreTrainedToke
         raise FileNotFoundError(f"no tokenizer in {name}: it needs tokenizer.json, or vocab.json and merges.txt")
     kind = Qwen2Tokenizer if config.model_type == "Dream" else AutoTokenizer
     tokenizer = kind.from_pretrained(name, trust_remote_code=False)
+    tokenizer.init_kwargs.pop("auto_map", None)  # names a Python file that a saved folder would not hold
     for role in ("mask", "pad", "eos"):
         given, stated = getattr(tokenizer, f"{role}_token_id"), getattr(config, f"{role}_token_id", None)
         if given is None and stated is None:
