@@ -111,7 +111,10 @@ class DiffusionLM(nn.Module):
         `original_names` writes a LLaDA's tensors under LLaDA's names instead of Llama's, which its own code reads once its
         own config.json takes the place of ours; `load` reads both.  The other models' names are their original ones.
         """
-        self.hf.save_pretrained(folder, save_original_format=original_names)
+        if self.adapted:
+            self.hf.save_pretrained(folder, save_embedding_layers=False)  # adapters never hold them; "auto" would ask the hub
+        else:
+            self.hf.save_pretrained(folder, save_original_format=original_names)
         self.tokenizer.save_pretrained(folder)
 
 
