@@ -94,9 +94,9 @@ def resources(
     ids: tuple[str, ...] = ()
     if gpus and cluster == "local":
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        ids = tuple(named.split(",")) if named else tuple(map(str, range(gpus)))
-        if len(ids) < gpus or (named is None and (found := _local_gpus()) < gpus):
-            raise ValueError(f"--gpus {gpus}: this machine shows {len(ids) if named else found}")
+        ids = tuple(map(str, range(_local_gpus()))) if named is None else tuple(filter(None, named.split(",")))
+        if len(ids) < gpus:
+            raise ValueError(f"--gpus {gpus}: this machine shows {len(ids)}")
     elif gpus:
         ids = tuple(map(str, range(gpus)))
     slots = gpus or jobs or (os.cpu_count() or 1 if cluster == "local" else 64)
@@ -156,7 +156,12 @@ class _Here:
     """A job of the debug cluster: run in this process as soon as it is made (submitit's own would start a debugger)."""
 
     def __init__(self, job: NotebookJob) -> None:
-        self.value = job()
+        before = dict(os.environ)
+        try:
+            self.value = job()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
     def done(self) -> bool:
         return True

@@ -191,15 +191,16 @@ def test_a_page_without_common_views_or_with_seeds_of_a_measurement(finished, tm
     """Two seeds of one measurement, and one at other views: the page is written, with the tables and without that figure."""
     late = finished[1][-1].path
     results = pd.read_parquet(late / "results.parquet")
-    for name, seed, views in (("m", 0, 2), ("m", 1, 2), ("n", 2, 4)):
-        folder = tmp_path / f"{name}/{seed}"
+    for i, (name, seed, views) in enumerate((("m", 0, 2), ("m", 1, 2), ("m", 1, 2), ("n", 2, 4))):  # two measure other runs alike
+        folder = tmp_path / f"{name}/{i}"
         folder.mkdir(parents=True)
-        (folder / "params.json").write_text(json.dumps({"seed": seed}))
+        (folder / "params.json").write_text(json.dumps({"seed": seed, "trained": f"run {i}"}))
         (folder / "status.json").write_text('{"state": "done"}')
         results[results["views"] == 2].assign(views=views).to_parquet(folder / "results.parquet")
     page = report.report(tmp_path)
     assert "m, seed = 1" in page.read_text() and not (tmp_path / "figures/efficiency.png").exists()
-    assert len(pd.read_parquet(tmp_path / "results.parquet")["policy"].unique()) == 3
+    policies = pd.read_parquet(tmp_path / "results.parquet")["policy"].unique()
+    assert set(policies) == {"m, seed = 0", "m, seed = 1 (1)", "m, seed = 1 (2)", "n"}
 
 
 @pytest.mark.parametrize("change, said", [

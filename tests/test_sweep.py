@@ -223,7 +223,7 @@ def test_slurm_arrays_are_submitted_in_order_and_not_twice(notebook, tmp_path, m
     study, lines = Study("t", [*base, late]), []
     on = resources("slurm", gpus=2, timeout_min=30.0, slurm=("partition=long", "exclusive", "mem-per-gpu=80G"))
     states = sweep(study, tmp_path / "s", on, said=lines.append)
-    assert set(states.values()) == {"waiting"} and any("Slurm job 41_0 is over and the run is not" in line for line in lines)
+    assert set(states.values()) == {"dead"} and any("Slurm job 41_0 is over and the run is not" in line for line in lines)
     first, second = ((control / f"script-{n}").read_text() for n in (41, 42))
     for option in ("array=0-1%2", "partition=long", "exclusive", "mem-per-gpu=80G", "gpus-per-node=1", "time=30", "requeue"):
         assert f"#SBATCH --{option}\n" in first, option
