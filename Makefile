@@ -8,7 +8,7 @@ study: .venv/installed  ## the main job on the embedded tiny model: figures in r
 
 test: .venv/installed  ## lint and tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slurm: .venv/installed  ## sweeps on a real Slurm of one node, which it installs (root, Debian)
 	$(BIN)/python -m pytest -s tests/slurm_end_to_end.py

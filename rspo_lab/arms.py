@@ -22,7 +22,9 @@ def history(path: Path) -> list[dict]:
 def arm_curve(path: Path) -> pd.DataFrame:
     """A run's evaluations: step, rate, and what scoring had cost by then (forwards a completion, seconds of updates)."""
     timing = [json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()]
-    frame = pd.DataFrame(history(path)).set_index("step")
+    if not (records := history(path)):
+        raise ValueError(f"{path / 'metrics.jsonl'} is empty though its run is done: delete that folder and run it again")
+    frame = pd.DataFrame(records).set_index("step")
     spent = pd.DataFrame(timing).set_index("step")["update_s"].cumsum()
     forwards = frame["forwards"].fillna(0).cumsum()
     rate = frame["eval_solve_rate"].dropna()
@@ -41,8 +43,8 @@ def arms_table(arms: dict[str, list[Path]]) -> pd.DataFrame:
 
     final and mean over evaluations (all but the first): mean over seeds with its 95 % Student interval; a single seed's final rate
     has its Wilson interval over the problems.  bootstrap: 95 % percentiles of the final mean over seeds redrawn within each task,
-    too narrow for few seeds.  "over the first": points above the first arm on that task, paired by seed (equal seeds start from
-    equal rollouts), Student.
+    too narrow for few seeds, and none where a task has a single one.  "over the first": points above the first arm on that task,
+    paired by seed (equal seeds start from equal rollouts), Student.
     """
     rows, first = [], {}
     for name, paths in arms.items():
@@ -69,12 +71,16 @@ def arms_table(arms: dict[str, list[Path]]) -> pd.DataFrame:
                 for i, label in enumerate(("final", "mean")):
                     value = mean_interval([found[seed][i] - compared[seed][i] for seed in shared])
                     row[f"{label} over the first, points"] = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*value)
+                    if len(shared) < len(found):
+                        row[f"{label} over the first, points"] += f" (n = {len(shared)})"
             row["forwards a completion"] = f"{sum(c['forwards'].iloc[-1] for c in curves.values()) / len(curves):.0f}"
             rows.append(row | {"update s": f"{sum(c['seconds'].iloc[-1] for c in curves.values()) / len(curves):.0f}"})
         if len(finals) > 1:
             value = stratified_bootstrap(finals, generator=generator(0, name, "all"))
             row = {"arm": name, "task": "all", "seeds": sum(map(len, finals)), "final, %": f"{value[0]:.1f}"}
-            rows.append(row | {"final, bootstrap": "[{1:.1f}, {2:.1f}]".format(*value)})
+            if min(map(len, finals)) > 1:
+                row["final, bootstrap"] = "[{1:.1f}, {2:.1f}]".format(*value)
+            rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
 

@@ -25,8 +25,9 @@ class Board:
         self.lines = 0  # drawn last, to be overwritten
         self.drawn = 0.0
         self.told: dict[Path, tuple[str, float]] = {}  # what was last said of a point, and when
-        names = Counter(name for point in points for name in point.given)
-        self.varies = [n for n in names if len({repr(point.given.get(n)) for point in points if n in point.given}) > 1 and n != "trained"]
+        names = dict.fromkeys(name for point in points for name in point.given)
+        names = [n for n in names if n != "trained" or len({point.name for point in points}) == 1]  # a long path, if the name says it too
+        self.varies = [n for n in names if len({repr(point.given.get(n)) for point in points if n in point.given}) > 1]
 
     def state(self, point: Point) -> str:
         """waiting, queued, running, done, failed, stopped or dead."""
@@ -85,9 +86,10 @@ class Board:
         counts = Counter(state for _, state, _ in rows)
         head = ", ".join(f"{n} {state}" for state, n in counts.items())
         moving = [row for row in rows if row[1] not in ("done", "waiting", "queued")]
-        shown = rows if len(rows) + 2 <= size.lines else moving[: size.lines - 2]
-        width = max((len(row[0]) for row in shown), default=0)
-        lines = [f"{label:{width}}  {state:7}  {remark}"[: size.columns - 1] for label, state, remark in shown] + [head]
+        shown = rows if len(rows) + 2 <= size.lines else moving[: max(size.lines - 2, 0)]
+        width = max(min(max((len(row[0]) for row in shown), default=0), size.columns - 10), 1)  # the state is always seen
+        lines = [f"{label:{width}.{width}}  {state:7}  {' '.join(remark.split())}" for label, state, remark in shown] + [head]
+        lines = [line[: size.columns - 1] for line in lines]
         up = f"\x1b[{self.lines}F" if self.lines else ""
         sys.stdout.write(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[0J")
         sys.stdout.flush()

@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{error.strerror}: {error.filename}" if error.filename else str(error), 2)
     except (ParameterError, RunError, ValueError) as error:
         return _complain(str(error), 2)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _complain("interrupted", 143 if error.args else 130)  # SIGTERM has an argument
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -276,7 +276,10 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(plan(study, root, on))
         return 0
-    states = sweep(study, root, on)
+    try:
+        states = sweep(study, root, on)
+    except RuntimeError as error:  # of sbatch or squeue
+        return _complain(str(error), 1)
     from rspo_lab.report import report
 
     print(f"report: {report(root)}\n{summary(states)}", flush=True)

@@ -82,10 +82,11 @@ def stratified_bootstrap(
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion."""
+    """95 % Wilson score interval of a proportion, which it holds to the last bit."""
     z, p = 1.959963984540054, correct / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 
 def variance_se(*samples: Float[Tensor, "n ..."]) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-from rspo_lab.architectures import LladaConfig, LladaForMaskedLM
+from rspo_lab.architectures import LladaConfig, LladaForMaskedLM, read_config
 from rspo_lab.batch import Batch
+from rspo_lab.head import head_logits, token_logp
+from rspo_lab.tokenizer import char_tokenizer, read_tokenizer
 
 if not sys.stderr.isatty():  # bars only where somebody watches them move
     hf_logging.disable_progress_bar()
@@ -32,6 +34,7 @@ class DiffusionLM(nn.Module):
 
     `forward(batch, hidden)` is the denoiser that estimators and oracle call; it puts the head on the hidden rows only.
     Ids that stand for no text (the mask, ids beyond the tokenizer) have probability 0 in scores and samples alike.
+    Where a model's state at position i - 1 gives the logits of i (Dream), both shift; position 0 then keeps its own state.
     """
 
     def __init__(self, hf: nn.Module, tokenizer: PreTrainedTokenizerFast):
@@ -39,7 +42,8 @@ class DiffusionLM(nn.Module):
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer needs a mask token and a pad token: set tokenizer.mask_token and .pad_token")
         self.hf, self.tokenizer, self.mask_id = hf, tokenizer, tokenizer.mask_token_id
-        banned = torch.arange(hf.config.vocab_size) >= len(tokenizer)
+        banned = torch.ones(hf.config.vocab_size, dtype=torch.bool)
+        banned[list(tokenizer.get_vocab().values())] = False
         banned[self.mask_id] = True
         self.register_buffer("banned", banned, persistent=False)
 
@@ -56,25 +60,22 @@ class DiffusionLM(nn.Module):
         """log q(y_i | x, y without the hidden tokens) at the hidden positions, 0 elsewhere."""
         ids = torch.cat([batch.prompt, batch.completion.masked_fill(hidden, self.mask_id)], 1)
         states = self._states(ids, batch.prompt_valid)[:, batch.prompt.shape[1] :]
-        logp = self._head(states[hidden]).log_softmax(-1).gather(-1, batch.completion[hidden][:, None])[:, 0]
+        logp = token_logp(states[hidden], self._base.lm_head.weight, batch.completion[hidden], self.banned)
         return logp.new_zeros(hidden.shape).masked_scatter(hidden, logp)
 
     @torch.no_grad()
     def logits(self, ids: Int[Tensor, "B S"], prompt_valid: Bool[Tensor, "B P"], start: int, stop: int) -> Float[Tensor, "B n V"]:
         """Logits of positions start..stop given all of `ids`; -inf where an id stands for no text."""
-        return self._head(self._states(ids, prompt_valid)[:, start:stop])
+        return head_logits(self._states(ids, prompt_valid)[:, start:stop], self._base.lm_head.weight, self.banned)
 
     def _states(self, ids, prompt_valid):
         mask = None
         if not prompt_valid.all():
-            visible = torch.cat([prompt_valid, prompt_valid.new_ones(len(ids), ids.shape[1] - prompt_valid.shape[1])], 1)
-            mask = visible[:, None, None, :]
-        return self._base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
-    def _head(self, states):
-        logits = self._base.lm_head(states)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits.masked_fill(self.banned, -torch.inf)
+            mask = torch.cat([prompt_valid, prompt_valid.new_ones(len(ids), ids.shape[1] - prompt_valid.shape[1])], 1)
+            if self._base.config._attn_implementation == "sdpa":  # takes a mask that broadcasts over queries as it is
+                mask = mask[:, None, None, :]
+        states = self._base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return torch.cat([states[:, :1], states[:, :-1]], 1) if getattr(self._base, "shifted", False) else states
 
     @property
     def _base(self):
@@ -104,38 +105,52 @@ class DiffusionLM(nn.Module):
             texts.append(self.tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return texts
 
-    def save(self, folder: Path) -> None:
-        """Model (or adapter) and tokenizer as an ordinary Hugging Face checkpoint in safetensors."""
-        self.hf.save_pretrained(folder)
+    def save(self, folder: Path, *, original_names: bool = False) -> None:
+        """Model (or adapter) and tokenizer as an ordinary Hugging Face checkpoint in safetensors.
+
+        `original_names` writes a LLaDA's tensors under LLaDA's names instead of Llama's, which its own code reads once its
+        own config.json takes the place of ours; `load` reads both.  The other models' names are their original ones.
+        """
+        if self.adapted:
+            self.hf.save_pretrained(folder, save_embedding_layers=False)  # adapters never hold them; "auto" would ask the hub
+        else:
+            self.hf.save_pretrained(folder, save_original_format=original_names)
         self.tokenizer.save_pretrained(folder)
 
 
-def load(name: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.float32) -> DiffusionLM:
+def load(name: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> DiffusionLM:
     """A checkpoint from a local folder, one of the project's own (`base-sudoku`), or a hub name; strict about what it finds.
 
-    A folder of LoRA adapters, as training saves them, is loaded on top of the base that it names.  device: "auto" is cuda
-    where there is one, else the CPU.
+    LLaDA, Dream and A2D-Qwen3 are read in their published layout or in transformers', without any code of theirs.  A folder
+    of LoRA adapters, as training saves them, is loaded on top of the base that it names.  device: "auto" is cuda where there
+    is one, else the CPU.  attention: a name that transformers knows, "sdpa", "eager", "flash_attention_2" ...
 
-    Raises FileNotFoundError for a folder that is not there, ValueError for tensors that are missing, unexpected or of
-    another shape, and for a causal model.
+    Raises FileNotFoundError for a folder or a tokenizer that is not there, ValueError for tensors that are missing,
+    unexpected, of another shape or pickled, for a causal model, and for an architecture that has no native class.
     """
     name = find(name)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if (Path(name) / "adapter_config.json").is_file():
         from peft import PeftModel
 
-        base = load(json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"], device=device, dtype=dtype)
+        base_name = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = load(base_name, device=device, dtype=dtype, attention=attention)
         base.hf = PeftModel.from_pretrained(base.hf, name, is_trainable=True)
         return base
+    config = read_config(name)
+    tokenizer = read_tokenizer(name, config)
+    if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
+        raise ValueError(f"no safetensors in {name}: pickled weights (.bin) can run code and are not read; save them as safetensors")
     hf, found = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, trust_remote_code=False
-    )
+        name, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True,
+        trust_remote_code=False, ignore_mismatched_sizes=True,  # which are reported and refused with the others below
+    )  # fmt: skip
     wrong = {kind: sorted(map(str, found[kind]))[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[kind]}
     if wrong:
         raise ValueError(f"{name} is not a checkpoint of {type(hf).__name__}: {wrong}")
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    model = DiffusionLM(hf.eval(), tokenizer).to(device)
     _assert_bidirectional(hf, str(name))
-    return DiffusionLM(hf.eval(), tokenizer).to(device)
+    return model
 
 
 def find(name: str | Path) -> str | Path:
@@ -162,19 +177,6 @@ def tiny(chars: str, *, seed: int, layers: int = 3, width: int = 96) -> Diffusio
         hf = LladaForMaskedLM(config)
     _assert_bidirectional(hf, "the tiny model")
     return DiffusionLM(hf.eval(), tokenizer)
-
-
-def char_tokenizer(chars: str) -> PreTrainedTokenizerFast:
-    """One token a character, and <pad>, <eos>, <mask>, <unk>; an ordinary Hugging Face tokenizer built in code."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    special = ["<pad>", "<eos>", "<mask>", "<unk>"]
-    vocabulary = {token: i for i, token in enumerate(special + sorted(set(chars)))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "mask_token": "<mask>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, padding_side="left", **names)
 
 
 def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: int) -> None:

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from rspo_lab.files import read_json, write_json
+from rspo_lab.interrupts import terminable
 from rspo_lab.parameters import complete, declared
 from rspo_lab.runs import claim, now, release, run_path
 
@@ -62,7 +62,7 @@ def run_notebook(
     claim(path, params)
     try:
         write_json(path / "status.json", {"state": "running", "pid": os.getpid(), "started": now()})
-        with _terminable(), _reporting(path, notebook.stem, report):
+        with terminable(), _reporting(path, notebook.stem, report):
             failure = _attempt(notebook, {key: params[key] for key in given}, path, timeout)
         status = read_json(path / "status.json")
         if not failure and status.get("state") == "done":
@@ -151,24 +151,6 @@ def _execute(notebook: Path, given: Mapping[str, Any], path: Path, deadline: flo
     finally:
         log.disabled = False
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Take SIGTERM as an interrupt, so that the kernel is ended and the status written; a handler already set is kept."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt("SIGTERM")
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

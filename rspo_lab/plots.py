@@ -44,19 +44,20 @@ def training_figure(history: list[dict], lam: float) -> Figure:
     return figure
 
 
-def learning_figure(arms: dict[str, list[pd.DataFrame]], problems: int) -> Figure:
+def learning_figure(arms: dict[str, list[pd.DataFrame]], problems: dict[str, int]) -> Figure:
     """Held-out solve rate against the step and the mean of d on policy, a line an arm: means over the histories of its seeds.
 
-    Bars: 95 % Student over seeds; of a single seed Wilson over the problems.
+    Bars: 95 % Student over seeds; of a single seed Wilson over the `problems` of its arm.
     """
     with new_figure(PAGE, 1.9 + 0.2 * _rows_of_legend(arms)) as figure:
         left, right = figure.subplots(1, 2)
         for (label, seeds), look in zip(arms.items(), _looks(len(arms))):
             rates = pd.concat([seed.set_index("step")["eval_solve_rate"] for seed in seeds], axis=1).dropna()
-            mean, low, high = np.array([_rate(list(row), problems) for row in rates.to_numpy()]).T
+            mean, low, high = np.array([_rate(list(row), problems[label]) for row in rates.to_numpy()]).T
             left.errorbar(rates.index, mean, [mean - low, high - mean], **look, label=label, elinewidth=0.5, capsize=1.5)
-            d = pd.concat([seed.set_index("step")["d_mean"] for seed in seeds], axis=1).mean(axis=1).rename("d_mean").reset_index()
-            _line(right, d, "d_mean", look["color"], label, smooth=True)
+            means = [seed.set_index("step").get("d_mean", pd.Series(dtype=float)) for seed in seeds]  # none if all groups were skipped
+            d = pd.concat(means, axis=1).mean(axis=1).rename("d_mean").reset_index()
+            _line(right, d, "d_mean", look["color"], label, smooth=True, linestyle=look["linestyle"])
         left.set(xlabel="step", title="Held-out solve rate, greedy")
         right.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
         right.set(xlabel="step", title="Mean ELBO log-ratio on policy, nats")
@@ -67,15 +68,20 @@ def learning_figure(arms: dict[str, list[pd.DataFrame]], problems: int) -> Figur
 
 
 def arms_figure(arms: dict[str, list[pd.DataFrame]]) -> Figure:
-    """Held-out solve rate against step, scoring forwards and seconds, a line an arm: mean over its seeds, bars 95 % Student."""
+    """Held-out solve rate against step, scoring forwards and seconds, a line an arm: mean over its seeds, bars 95 % Student.
+
+    An arm is shown at the steps at which all its seeds were evaluated.
+    """
     with new_figure(PAGE, 1.9 + 0.2 * _rows_of_legend(arms)) as figure:
         axes = figure.subplots(1, 3, sharey=True)
         for (label, seeds), look in zip(arms.items(), _looks(len(arms))):
-            mean = sum(seed[["step", "forwards", "seconds", "rate"]].to_numpy() for seed in seeds) / len(seeds)
-            rates = np.stack([seed["rate"] for seed in seeds], 1)
-            half = [mean_interval(list(row))[2] - row.mean() if len(row) > 1 else 0.0 for row in rates]
+            shared = set.intersection(*(set(seed["step"]) for seed in seeds))
+            seeds = [seed[seed["step"].isin(shared)] for seed in seeds]
+            spent = sum(seed[["step", "forwards", "seconds"]].to_numpy() for seed in seeds) / len(seeds)
+            rates = [mean_interval(row) if len(row) > 1 else row * 3 for row in map(list, zip(*(seed["rate"] for seed in seeds)))]
+            mean, low, high = np.array(rates).T
             for axis, column in zip(axes, range(3)):
-                axis.errorbar(mean[:, column], mean[:, 3], half, **look, label=label, elinewidth=0.5, capsize=1.5)
+                axis.errorbar(spent[:, column], mean, [mean - low, high - mean], **look, label=label, elinewidth=0.5, capsize=1.5)
         for axis, label in zip(axes, ("step", "scoring forwards a completion", "seconds of updates")):
             axis.set_xlabel(label)
         axes[0].set_title("Held-out solve rate, greedy")
@@ -226,9 +232,10 @@ def pairs_figure(pairs: pd.DataFrame, lam: float) -> Figure:
 
 
 def _looks(n: int) -> list[dict]:
-    """Colour, marker and line of n arms."""
+    """Colour, marker and line of n arms; no two of 144 have all three in common."""
     colours = [OKABE_ITO[name] for name in ("blue", "vermillion", "green", "orange", "purple", "sky")]
-    return [{"color": colours[i % 6], "marker": "os^DPX"[i % 6], "linestyle": ("-", "--", ":", "-.")[i // 6 % 4]} for i in range(n)]
+    markers, lines = "os^DPX", ("-", "--", ":", "-.")
+    return [{"color": colours[i % 6], "marker": markers[(i + i // 24) % 6], "linestyle": lines[i // 6 % 4]} for i in range(n)]
 
 
 def _rows_of_legend(arms) -> int:
@@ -255,7 +262,7 @@ def _scatter(axis, part, x, y):
         axis.scatter(some[x], some[y], s=7, color=colour, marker=marker, alpha=0.5, linewidths=0, label="solved" if won else "not solved")
 
 
-def _line(axis, frame, column, colour, label, *, marker=None, smooth=False):
+def _line(axis, frame, column, colour, label, *, marker=None, smooth=False, linestyle="-"):
     """A column over the step; `smooth` draws its running mean over 9 steps on the pale raw values."""
     if column not in frame or frame[column].isna().all():
         return
@@ -263,4 +270,4 @@ def _line(axis, frame, column, colour, label, *, marker=None, smooth=False):
     if smooth and len(part) > 20:
         axis.plot(part["step"], part[column], color=colour, alpha=0.25, linewidth=0.6)
         part = part.assign(**{column: part[column].rolling(9, center=True, min_periods=1).mean()})
-    axis.plot(part["step"], part[column], color=colour, label=label, marker=marker)
+    axis.plot(part["step"], part[column], color=colour, label=label, marker=marker, linestyle=linestyle)

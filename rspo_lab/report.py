@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -68,7 +69,7 @@ class Entry:
     shown: tuple[str, ...] = ()
 
     def label(self, *without: str) -> str:
-        return ", ".join([self.name.replace("_", " "), *(f"{k} = {self.params[k]}" for k in self.shown if k not in without)])
+        return ", ".join([self.name.replace("_", " "), *(f"{k} = {self.params.get(k)}" for k in self.shown if k not in without)])
 
 
 def report(root: Path) -> Path:
@@ -112,22 +113,30 @@ def listing(root: Path) -> list[Entry]:
     for point in read_json(root / "sweep.json").get("points", ()):
         path = root / point["name"] / point["key"]
         if str(path) not in found:
-            entries.append(Entry(point["name"], path, "waiting", point["params"]))
+            error = point.get("error", "")
+            entries.append(Entry(point["name"], path, "failed" if error else "waiting", point["params"], error=error))
         else:
-            entries.append(_entry(found.pop(str(path))))
-    entries += [_entry(row) for row in found.values()]
+            entries.append(_entry(root, found.pop(str(path))))
+    entries += [_entry(root, row) for row in found.values()]
     named = {entry.name: [other for other in entries if other.name == entry.name] for entry in entries}
-    return [replace(entry, shown=tuple(_varying(named[entry.name]))) for entry in entries]
+    shown = {name: tuple(_varying(runs)) for name, runs in named.items()}
+    for name, runs in named.items():  # runs that differ in nothing but what they measure
+        if len({replace(entry, shown=shown[name]).label() for entry in runs}) < len(runs):
+            shown[name] += ("trained",) if any("trained" in entry.params for entry in runs) else ()
+    return [replace(entry, shown=shown[entry.name]) for entry in entries]
 
 
 def _varying(entries: Sequence[Entry]) -> list[str]:
     """The parameters in which runs of one kind differ, but for the folder that they measure."""
-    return [k for k in entries[0].params if k != "trained" and len({repr(entry.params.get(k)) for entry in entries}) > 1]
+    names = dict.fromkeys(k for entry in entries for k in entry.params)
+    return [k for k in names if k != "trained" and len({repr(entry.params.get(k)) for entry in entries}) > 1]
 
 
-def _entry(row) -> Entry:
+def _entry(root: Path, row) -> Entry:
+    """Of a row of `load_runs`; in a folder of several sweeps its name has the sweep's in front."""
     path = Path(row["path"])
-    return Entry(row["name"], path, row["state"], read_json(path / "params.json"), row["progress"], row["error"])
+    name = path.parent.relative_to(root).as_posix() if root in path.parents[1:] else row["name"]
+    return Entry(name, path, row["state"], read_json(path / "params.json"), row["progress"], row["error"])
 
 
 def _failures(entries: Sequence[Entry]) -> list[str]:
@@ -178,9 +187,10 @@ def _learning(root: Path, entries: Sequence[Entry]) -> list[str]:
     table = arms_table(arms)
     short = {"mean over evaluations, %": "mean, %", "final over the first, points": "Δ final", "mean over the first, points": "Δ mean"}
     parts = ["<h2>Learning</h2>", f"<p>{NOTE}</p>", _wide(table.rename(columns=short | {"forwards a completion": "forwards"}))]
-    problems = read_json(next(iter(arms.values()))[0] / "config.json")["eval_problems"]
+    problems = {name: read_json(paths[0] / "config.json")["eval_problems"] for name, paths in arms.items()}
     curves = {name: [pd.DataFrame(history(path)) for path in paths] for name, paths in arms.items()}
-    data = pd.concat([c.assign(arm=name, seed=i) for name, seeds in curves.items() for i, c in enumerate(seeds)])
+    seeds = {name: [read_json(path / "config.json")["seed"] for path in paths] for name, paths in arms.items()}
+    data = pd.concat([c.assign(arm=name, seed=s) for name in arms for s, c in zip(seeds[name], curves[name])])
     one_task = len(set(table["task"])) == 1
     if one_task:
         parts += [_saved(root, "learning", plots.learning_figure(curves, problems), data)]
@@ -194,11 +204,13 @@ def _learning(root: Path, entries: Sequence[Entry]) -> list[str]:
 def _noise(root: Path, entries: Sequence[Entry]) -> list[str]:
     """results.parquet, and tables and figure of the measurements of noise."""
     tidy, other = [], []
+    times = Counter(entry.label() for entry in entries)  # those that differ only in the run they measure are told apart by their key
     for entry in entries:
         if (entry.path / "results.parquet").is_file():
             frame = pd.read_parquet(entry.path / "results.parquet")
             if set(RESULTS) <= set(frame):
-                tidy.append(frame.assign(policy=entry.label())[RESULTS])
+                label = entry.label() if times[entry.label()] == 1 else f"{entry.label()} ({entry.path.name})"
+                tidy.append(frame.assign(policy=label)[RESULTS])
             else:
                 for i, k in enumerate(("name", "key", *entry.shown)):
                     value = {"name": entry.name, "key": entry.path.name}.get(k, entry.params.get(k))
@@ -251,5 +263,5 @@ def _wide(frame: pd.DataFrame) -> str:
 def _provenance(root: Path, path: Path) -> str:
     made, place = read_json(path / "provenance.json"), path.relative_to(root).as_posix()
     versions = ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items() if v)
-    link = f'<a href="{html.escape(place)}/executed.ipynb">{html.escape(place)}/executed.ipynb</a>'
+    link = f'<a href="{quote(place)}/executed.ipynb">{html.escape(place)}/executed.ipynb</a>'
     return f"<p>{link} · commit {str(made.get('git'))[:10]} · {html.escape(str(made.get('device')))} · {html.escape(versions)}</p>"

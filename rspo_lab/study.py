@@ -12,12 +12,23 @@ from typing import Any
 
 import yaml
 
-from rspo_lab.parameters import ParameterError, coerce, complete, declared, unknown
+from rspo_lab.parameters import Parameter, ParameterError, check, coerce, complete, declared, unknown
 from rspo_lab.runs import run_path
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 SCALES = ("cpu", "gpu")
 _KEYS = {"notebook", "parameters", "grid", "minutes", "gpu"}
+
+
+class _Sheet(yaml.SafeLoader):
+    """YAML in which a name given twice is an error, where plain YAML drops the first."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"{twice[0]} is there twice", problem_mark=node.start_mark)
+        return node
 
 
 @dataclass(frozen=True)
@@ -68,10 +79,10 @@ def read_study(file: Path, root: Path, scale: str = "cpu") -> Study:
     notebook does not take.
     """
     try:
-        sheet = yaml.safe_load(file.read_text(encoding="utf-8"))
+        sheet = yaml.load(file.read_text(encoding="utf-8"), _Sheet)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not a study in YAML: {error}") from None
-    if not isinstance(sheet, dict) or set(sheet) != {"title", "runs"} or not isinstance(sheet["runs"], dict):
+    if not isinstance(sheet, dict) or set(sheet) != {"title", "runs"} or not isinstance(sheet["runs"], dict) or not sheet["runs"]:
         raise ValueError(f"{file}: a study is `title: text` and `runs:` with a name for every run")
     points: list[Point] = []
     for name, run in sheet["runs"].items():
@@ -98,8 +109,14 @@ def grid_values(notebook: Path, words: Sequence[str]) -> dict[str, list]:
             raise unknown(name, parameters)
         if name in grid:
             raise ParameterError(f"the grid names {name} twice: write --grid {name}=VALUE,VALUE once")
-        grid[name] = [coerce(parameters[name], part.strip()) for part in _parted(text)]
+        grid[name] = [_value(parameters[name], part.strip()) for part in _parted(text)]
     return grid
+
+
+def _value(parameter: Parameter, text: str) -> Any:
+    """`coerce`, but of a text in quotes what is inside."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]
+    return check(parameter, text[1:-1]) if quoted else coerce(parameter, text)
 
 
 def _points(name: str, run: Any, above: Mapping[str, Point], root: Path, scale: str) -> list[Point]:
@@ -115,6 +132,12 @@ def _points(name: str, run: Any, above: Mapping[str, Point], root: Path, scale: 
             raise ValueError(f"{key} must be a mapping, not {part!r}")
     if odd := [parameter for parameter, values in parts["grid"].items() if not isinstance(values, list) or not values]:
         raise ValueError(f"grid: {odd[0]} needs a list of values")
+    if odd := [key for part in ("parameters", "grid", "gpu") for key in parts[part] if not isinstance(key, str)]:
+        raise ValueError(f"{odd[0]!r} is no parameter's name (YAML reads on, off, yes and no as true and false)")
+    if any(isinstance(value, str) and value.startswith("@") for values in parts["grid"].values() for value in values):
+        raise ValueError("grid: only `parameters` can name a run by @: write an entry for each")
+    if odd := [value for value in parts["minutes"].values() if type(value) not in (int, float) or not value >= 0]:
+        raise ValueError(f"minutes are a number from 0 on, not {odd[0]!r}")
     if unheard := sorted(set(parts["minutes"]) - set(SCALES)):
         raise ValueError(f"minutes are of {' and '.join(SCALES)}, not of {unheard[0]!r}")
     given, needed = dict(parts["parameters"] | (parts["gpu"] if scale == "gpu" else {})), []
@@ -149,11 +172,12 @@ def _parted(text: str) -> list[str]:
         if c == "," and not depth and not quote:
             parts.append("")
             continue
+        begins = depth or not parts[-1].strip()
         parts[-1] += c
         if quote:
             quote = "" if c == quote else quote
         elif c in "\"'":
-            quote = c
+            quote = c if begins else ""  # an apostrophe inside a word is none
         else:
             depth += (c in "([{") - (c in ")]}")
     return parts

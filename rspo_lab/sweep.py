@@ -9,52 +9,25 @@ import subprocess
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import submitit
 
 from rspo_lab.board import Board
 from rspo_lab.files import read_json, write_json
+from rspo_lab.interrupts import children, terminable
+from rspo_lab.jobs import Here, NotebookJob
 from rspo_lab.parameters import complete, declared
-from rspo_lab.runs import RunError, alive
+from rspo_lab.runs import alive
 from rspo_lab.study import Point, Study
 
 POLL = 0.2  # seconds between looks at a local slot
 POLL_SLURM = 5.0  # and at the queue
 CLUSTERS = ("local", "slurm", "debug")
 JOBS = "jobs.json"  # in the sweep's folder: which Slurm job has which point
-
-
-@dataclass(frozen=True)
-class NotebookJob:
-    """One point as it crosses to the process, here or on another node, that runs it; (exit code, message)."""
-
-    notebook: str
-    given: dict[str, Any]
-    root: str
-    name: str
-    timeout: float | None  # seconds
-    environment: dict[str, str] = field(default_factory=dict)
-
-    def __call__(self) -> tuple[int, str]:
-        os.environ.update(self.environment)
-        from rspo_lab.notebook import run_notebook
-
-        try:
-            report = lambda line: print(line, flush=True)  # noqa: E731
-            outcome = run_notebook(
-                Path(self.notebook), self.given, runs=Path(self.root), name=self.name, timeout=self.timeout, report=report
-            )  # fmt: skip
-        except (OSError, RuntimeError, ValueError, RunError) as error:
-            return (2 if isinstance(error, ValueError | RunError) else 1), str(error)
-        return outcome.code, outcome.message
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Preempted: the same again, which goes on from the run's checkpoint."""
-        return submitit.helpers.DelayedSubmission(self)
 
 
 @dataclass(frozen=True)
@@ -77,9 +50,9 @@ def resources(
     """
     if cluster not in CLUSTERS:
         raise ValueError(f"the cluster is one of {', '.join(CLUSTERS)}, not {cluster!r}")
-    if jobs is not None and gpus:
+    if jobs is not None and gpus is not None:
         raise ValueError("--jobs counts slots of CPU cores, --gpus slots of a GPU each: give one of them")
-    if min(jobs or 1, gpus or 1) < 1 or (jobs is not None and jobs < 1):
+    if any(number is not None and number < 1 for number in (jobs, gpus)):
         raise ValueError("--jobs and --gpus must be at least 1")
     if timeout_min is not None and timeout_min <= 0:
         raise ValueError(f"--timeout must be more than 0 minutes, not {timeout_min:g}")
@@ -94,9 +67,9 @@ def resources(
     ids: tuple[str, ...] = ()
     if gpus and cluster == "local":
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        ids = tuple(named.split(",")) if named else tuple(map(str, range(gpus)))
-        if len(ids) < gpus or (named is None and (found := _local_gpus()) < gpus):
-            raise ValueError(f"--gpus {gpus}: this machine shows {len(ids) if named else found}")
+        ids = tuple(map(str, range(_local_gpus()))) if named is None else tuple(filter(None, named.split(",")))
+        if len(ids) < gpus:
+            raise ValueError(f"--gpus {gpus}: this machine shows {len(ids)}")
     elif gpus:
         ids = tuple(map(str, range(gpus)))
     slots = gpus or jobs or (os.cpu_count() or 1 if cluster == "local" else 64)
@@ -106,7 +79,7 @@ def resources(
 def sweep(study: Study, root: Path, on: Resources, *, said: Callable[[str], None] = print) -> dict[Path, str]:
     """Run what is not done; the state of every point at the end: done, failed, stopped, dead or waiting.
 
-    sweep.json in `root` lists the points for `report`.
+    sweep.json in `root` lists the points for `report`, with the error of one that failed before it had a folder.
     """
     listed = [{"name": p.name, "key": p.path.name, "params": complete(declared(p.notebook), p.given)} for p in study.points]
     root.mkdir(parents=True, exist_ok=True)
@@ -116,9 +89,13 @@ def sweep(study: Study, root: Path, on: Resources, *, said: Callable[[str], None
     said(f"{len(study.points)} points in {root}: {len(study.points) - len(left)} done, {len(left)} to run")
     try:
         if left:
-            (_slurm if on.cluster == "slurm" else _local)(study, left, root, on, board)
+            with terminable():
+                (_slurm if on.cluster == "slurm" else _local)(study, left, root, on, board)
     finally:
         board.close()
+        errors = {path: remark for path, (state, remark) in board.noted.items() if state == "failed"}
+        listed = [point | ({"error": errors[p.path]} if p.path in errors else {}) for point, p in zip(listed, study.points)]
+        write_json(root / "sweep.json", {"title": study.title, "points": listed})
     return {point.path: board.state(point) for point in study.points}
 
 
@@ -129,11 +106,13 @@ def plan(study: Study, root: Path, on: Resources) -> str:
     left = [point for point in study.points if states[point.path] != "done"]
     lines = [f"{board.label(point)}: {states[point.path]}  {point.path}" for point in study.points]
     lines.append(f"{len(study.points)} points in {root}, {len(left)} to run in {len({p.wave for p in left})} waves on {on.slots} slots")
-    if cost := study.cost(on.slots, left):
+    if not left:
+        lines.append("nothing to pay")
+    elif cost := study.cost(on.slots, left):
         slot = "GPU" if on.gpus else "core"
         lines.append(f"estimated cost: {cost[0]:.0f} {slot} minutes, {cost[1]:.0f} minutes on the clock")
     else:
-        lines.append("estimated cost: unknown (minutes are given for some points only)" if left else "nothing to pay")
+        lines.append("estimated cost: unknown (there is a point without minutes)")
     return "\n".join(lines)
 
 
@@ -152,17 +131,9 @@ def _executor(root: Path, on: Resources) -> submitit.Executor:
     return executor
 
 
-class _Here:
-    """A job of the debug cluster: run in this process as soon as it is made (submitit's own would start a debugger)."""
-
-    def __init__(self, job: NotebookJob) -> None:
-        self.value = job()
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> tuple[int, str]:
-        return self.value
+def _submit(executor: submitit.Executor, root: Path, job: NotebookJob) -> submitit.Job:
+    with children(stderr=root / ".jobs" / "controllers.log"):
+        return executor.submit(job)
 
 
 def _job(point: Point, root: Path, on: Resources, environment: dict[str, str]) -> NotebookJob:
@@ -172,7 +143,7 @@ def _job(point: Point, root: Path, on: Resources, environment: dict[str, str]) -
 
 def _local(study: Study, left: list[Point], root: Path, on: Resources, board: Board) -> None:
     """A slot a point; what another process runs is waited for."""
-    pending, submit = deque(left), _Here if on.cluster == "debug" else _executor(root, on).submit
+    pending, submit = deque(left), Here if on.cluster == "debug" else partial(_submit, _executor(root, on), root)
     free, busy = deque(on.gpus or range(on.slots)), {}
     threads = str(max(1, (os.cpu_count() or 1) // on.slots) if on.gpus else 1)  # one: results do not depend on the slots
     try:
@@ -213,17 +184,19 @@ def _local(study: Study, left: list[Point], root: Path, on: Resources, board: Bo
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and any(job and not job.done() for _, _, job in busy.values()):
             time.sleep(POLL)
+        for point, _, _ in busy.values():
+            board.forget(point)
         raise
 
 
-def _ended(point: Point, job: submitit.Job | _Here, board: Board) -> None:
+def _ended(point: Point, job: submitit.Job | Here, board: Board) -> None:
     """Take down how a job ended: its folder says it, unless the job never got there."""
     try:
         code, message = job.result()
     except Exception as error:  # submitit's, of a process that died or could not load the job
         code, message = 1, f"the job's process died: {str(error).strip().splitlines()[-1]}; its log: {job.paths.stderr}"
     board.forget(point)
-    if code and board.state(point) not in ("failed", "stopped"):
+    if code and board.state(point) not in ("done", "failed", "stopped"):  # done: by another sweep, which had its lock
         board.note(point, "failed", message)
 
 

@@ -15,7 +15,7 @@ from rspo_lab.batch import Batch
 from rspo_lab.estimators import log_ratio_draws
 from rspo_lab.masks import Masks, count_masks, design, random_order, spread_levels
 
-LONG, MOST_VIEWS = 32, 32  # `recommend_design`: valid tokens from which it takes cycles; views at most
+MOST_VIEWS = 32  # that `recommend_design` asks for
 
 
 def drawn(name_of: Callable[[int], str], valid: Bool[Tensor, "B L"], views: Int[Tensor, " B"], *, generator: torch.Generator) -> Masks:
@@ -70,7 +70,6 @@ class CountProfile:
     sd: list[float]  # nats: of u/l g(S) within a size, over all completions
     pairs: list[int]  # pairs of views that it was measured on, in proportion to how often `count` draws such sizes
     signal: float  # nats^2: variance of the ELBO ratio between the (distinct) completions
-    tokens: float  # mean u
 
 
 @torch.no_grad()
@@ -103,7 +102,6 @@ def count_profile(
         sd=[half[here].mean().sqrt().item() for here in found],
         pairs=[int(here.sum()) for here in found],
         signal=max((a * b).sum().item() / max(len(batch) - 1, 1), 0.0),
-        tokens=used.double().mean().item(),
     )
 
 
@@ -111,8 +109,7 @@ def recommend_design(profile: CountProfile | None, views: int = 0) -> tuple[str,
     """(design, views) for completions of that profile; `views` as given unless 0.  None, no profile yet: bsc(0.5, 0.5), 4 views.
 
     Design: sizes cost the least noise when drawn as often as sd(l) says (Neyman), so `bsc(alpha, 0.5)` with alpha the negative slope
-    of log sd over log l, from 0 to 1, or 0.5 where d has no spread yet; for 32 tokens or more, and 4 views or more, `cyck` of all
-    views, which scores every token once (BIASED, see there; `cycle` is not, at a cost that varies).
+    of log sd over log l, from 0 to 1, or 0.5 where d has no spread yet.
     Views: the smallest power of two up to 32 at which mask noise, (mean sd over sizes)^2 / views, is no more than the variance
     between completions: a reliability of one half.
     """
@@ -123,8 +120,6 @@ def recommend_design(profile: CountProfile | None, views: int = 0) -> tuple[str,
         views = 1
         while views < MOST_VIEWS and noise / views > profile.signal:
             views *= 2
-    if profile.tokens >= LONG and views >= 4:
-        return f"cyck({views})", views
     seen = [(math.log(size), math.log(sd), n) for size, sd, n in zip(profile.size, profile.sd, profile.pairs) if sd > 0]
     if len(seen) < 2:
         return "bsc(0.5, 0.5)", views

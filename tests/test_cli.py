@@ -94,7 +94,9 @@ def test_help_and_bad_parameters_import_nothing_heavy():
 import sys
 from rspo_lab.cli import main
 codes = [main(["run", "notebooks/demo.ipynb", "-p", "stpes", "3"]), main(["run", "notebooks/demo.ipynb", "--list"])]
-for words in (["--help"], ["run", "--help"]):
+sweep = ["sweep", "notebooks/demo.ipynb", "--dry-run", "--grid"]
+codes += [main([*sweep, "stpes=3"]), main([*sweep, "steps=3"])]
+for words in (["--help"], ["run", "--help"], ["sweep", "--help"]):
     try:
         main(words)
     except SystemExit as end:
@@ -102,7 +104,7 @@ for words in (["--help"], ["run", "--help"]):
 print(codes, [name for name in {HEAVY!r} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[2, 0, 0, 0] []"
+    assert done.stdout.splitlines()[-1] == "[2, 0, 2, 0, 0, 0, 0] []"
     assert done.stdout.startswith("steps: int = 3  # how many; GPU: 2000\nlam: float = 0.1\ndata: str | None = None\n")
 
 

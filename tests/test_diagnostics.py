@@ -101,3 +101,8 @@ def test_gap_table_by_hand():
     assert row["mean_d_exact_low"] <= row["mean_d_exact"] == 3 <= row["mean_d_exact_high"]
     flipped = gap_table(samples.assign(weight=-samples["weight"]), lam, seed=0, resamples=2).loc[0, "flips"]
     assert flipped == 1
+
+
+def test_wilson_holds_the_proportion_to_the_last_bit():
+    for n in (1, 10, 100, 192, 256):
+        assert wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1

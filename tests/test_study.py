@@ -19,6 +19,7 @@ from rspo_lab.config import TrainConfig
 from rspo_lab.diagnostics import stratified_bootstrap
 from rspo_lab.files import read_json
 from rspo_lab.parameters import complete, declared
+from rspo_lab.plots import _looks, arms_figure
 from rspo_lab.training import train
 
 
@@ -121,7 +122,51 @@ def test_one_seed_has_the_interval_of_its_problems_and_tasks_are_strata(tmp_path
     runs = [written(tmp_path / "s", {}, 0.5, 0.6), written(tmp_path / "c", {"task": "countdown"}, 0.1, 0.2)]
     sudoku, countdown, both = arms.arms_table({"a": runs}).to_dict("records")
     assert sudoku["final, %"] == "60.0 [31.3, 83.2] (Wilson)" and countdown["task"] == "countdown"
-    assert (both["task"], both["seeds"], both["final, %"], both["final, bootstrap"]) == ("all", 2, "40.0", "[40.0, 40.0]")
+    said = tuple(both.get(name, "") for name in ("task", "seeds", "final, %", "final, bootstrap"))
+    assert said == ("all", 2, "40.0", "")  # one seed a task has no spread
+
+
+def finished_run(root: Path, name: str, params: dict, *rates: float) -> Path:
+    """A training run in a folder of runs that says it is done; its batches were all skipped, so there is no d."""
+    folder = written(root / name, params, *rates)
+    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().replace(', "d_mean": 0.0', ""))
+    (folder / "params.json").write_text(json.dumps({k: v for k, v in params.items() if k != "eval_problems"}))
+    (folder / "status.json").write_text('{"state": "done"}')
+    return folder
+
+
+def test_a_page_over_runs_that_do_not_match(tmp_path):
+    """Of before and after a parameter was added, of unequal length, of 192 problems none of which is solved, without any d."""
+    finished_run(tmp_path, "t/a", {"new": 1, "seed": 3, "eval_problems": 192}, 0.0, 0.0)
+    finished_run(tmp_path, "t/b", {"seed": 4, "eval_problems": 64}, 0.5, 1.0, 1.0)
+    finished_run(tmp_path, "50% more #2/c", {"seed": 4}, 0.5, 0.6)
+    text = report.report(tmp_path).read_text()
+    assert "t, new = 1" in text and "t, new = None" in text
+    data = pd.read_csv(tmp_path / "figures/learning.csv")
+    assert dict(zip(data["arm"], data["seed"])) == {"50% more #2": 4, "t, new = 1": 3, "t, new = None": 4}
+    (tmp_path / "t/a/metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="t/a/metrics.jsonl is empty"):
+        report.report(tmp_path)
+
+
+def test_arms_of_unequal_evaluations_are_drawn_where_they_meet(tmp_path):
+    seeds = [arms.arm_curve(written(tmp_path / str(i), {}, *rates)) for i, rates in enumerate(((0.1, 0.3), (0.1, 0.5, 0.9)))]
+    many = [seeds[0].assign(rate=[0.1 + 0.2 / 3, 0.3])] * 14  # numpy's mean of these is not `sum`'s, by a last bit
+    figure = arms_figure({"a": seeds, "b": many})
+    line = figure.axes[0].containers[0].lines[0]
+    assert line.get_xdata().tolist() == [0, 2] and line.get_ydata().tolist() == pytest.approx([0.1, 0.4])
+
+
+def test_thirty_arms_look_different():
+    assert len({tuple(look.values()) for look in _looks(30)}) == 30
+
+
+def test_differences_say_of_how_many_pairs_if_of_fewer_than_there_are_seeds(tmp_path):
+    found = {
+        arm: [written(tmp_path / f"{arm}{seed}", {"seed": seed}, 0.5, 0.6 + seed / 10) for seed in seeds]
+        for arm, seeds in (("a", (0, 1)), ("b", (0, 1, 2)))
+    }
+    assert arms.arms_table(found)["final over the first, points"].tolist() == ["", "+0.0 [+0.0, +0.0] (n = 2)"]
 
 
 def test_response_is_of_one_number(tmp_path):
@@ -187,19 +232,33 @@ def test_keys_do_not_depend_on_where_the_project_lies(tmp_path, monkeypatch):
     assert keys[0] == keys[1] and len(keys[0]) == 4
 
 
+def test_one_measurement_of_two_policies_is_two(finished, tmp_path):
+    """They differ in nothing but the folder that they measured, as after a change of the run above; and in two sweeps of one root."""
+    late = finished[1][-1].path
+    for folder, trained in (("s/m/a", "x"), ("s/m/b", "y"), ("r/m/a", "x")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "params.json").write_text(json.dumps({"trained": trained, "seed": 0}))
+        (tmp_path / folder / "status.json").write_text('{"state": "done"}')
+        shutil.copy(late / "results.parquet", tmp_path / folder)
+    report.report(tmp_path)
+    policies = pd.read_parquet(tmp_path / "results.parquet")["policy"].unique()
+    assert set(policies) == {"s/m, trained = x", "s/m, trained = y", "r/m"}
+
+
 def test_a_page_without_common_views_or_with_seeds_of_a_measurement(finished, tmp_path):
     """Two seeds of one measurement, and one at other views: the page is written, with the tables and without that figure."""
     late = finished[1][-1].path
     results = pd.read_parquet(late / "results.parquet")
-    for name, seed, views in (("m", 0, 2), ("m", 1, 2), ("n", 2, 4)):
-        folder = tmp_path / f"{name}/{seed}"
+    for i, (name, seed, views) in enumerate((("m", 0, 2), ("m", 1, 2), ("m", 1, 2), ("n", 2, 4))):  # two measure other runs alike
+        folder = tmp_path / f"{name}/{i}"
         folder.mkdir(parents=True)
-        (folder / "params.json").write_text(json.dumps({"seed": seed}))
+        (folder / "params.json").write_text(json.dumps({"seed": seed, "trained": f"run {i}"}))
         (folder / "status.json").write_text('{"state": "done"}')
         results[results["views"] == 2].assign(views=views).to_parquet(folder / "results.parquet")
     page = report.report(tmp_path)
     assert "m, seed = 1" in page.read_text() and not (tmp_path / "figures/efficiency.png").exists()
-    assert len(pd.read_parquet(tmp_path / "results.parquet")["policy"].unique()) == 3
+    policies = pd.read_parquet(tmp_path / "results.parquet")["policy"].unique()
+    assert set(policies) == {"m, seed = 0", "m, seed = 1 (1)", "m, seed = 1 (2)", "n"}
 
 
 @pytest.mark.parametrize("change, said", [
@@ -207,6 +266,9 @@ def test_a_page_without_common_views_or_with_seeds_of_a_measurement(finished, tm
     (("02_train", "2_train"), "there is no notebook '2_train.ipynb'"), (("@rspo", "@rsop"), "'late': @rsop names no run above it"),
     (("lam: 0.0", "lamm: 0.0"), "'raw_advantage': unknown parameter 'lamm'"), (("seed: [0, 1]", "seed: 0"), "grid: seed needs a list"),
     (("minutes: {cpu: 1", "minutes: {tpu: 1"), "minutes are of cpu and gpu, not of 'tpu'"), (("gpu: {steps: 1}", "gpu: 1"), "gpu must be"),
+    (("minutes: {cpu: 1", "minutes: {cpu: one"), "a number from 0 on, not 'one'"), (("  late:", "  rspo:"), "rspo is there twice"),
+    (("[0, 1]", '["@late"]'), "only `parameters` can name a run"), (("lam: 0.0", "on: 0.0"), "True is no parameter's name"),
+    ((SHEET[SHEET.index("runs:") :], "runs: {}"), "with a name for every run"),
 ])  # fmt: skip
 def test_a_bad_study_file_is_refused_before_anything_runs(change, said, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text(SHEET.replace(*change, 1))

@@ -16,6 +16,8 @@ from rspo_lab import sweep as module
 from rspo_lab.board import Board
 from rspo_lab.cli import main
 from rspo_lab.files import read_json, write_json
+from rspo_lab.interrupts import children
+from rspo_lab.jobs import Here, NotebookJob
 from rspo_lab.parameters import ParameterError
 from rspo_lab.runs import claim, load_runs, release
 from rspo_lab.study import Point, Study, grid_study, grid_values
@@ -50,6 +52,7 @@ def starts(point: Path) -> list[list[str]]:
 def test_values_of_a_grid_are_typed_and_parted_outside_brackets(notebook):
     found = grid_values(notebook, ["lam=0,1e-1, 3", "design=count,bsc(0.5, 0.5)"])
     assert found == {"lam": [0.0, 0.1, 3.0], "design": ["count", "bsc(0.5, 0.5)"]}
+    assert grid_values(notebook, ["design='a, b',\"c\",don't,won't"]) == {"design": ["a, b", "c", "don't", "won't"]}
     for words, said in (
         (["lam"], "NAME=VALUE,VALUE"), (["lamm=1"], "did you mean 'lam'"), (["lam=1", "lam=2"], "twice"), (["steps=a"], "expected int"),
     ):  # fmt: skip
@@ -167,6 +170,7 @@ def read_params(study: Study) -> dict:
 @pytest.mark.parametrize("words, said", [
     (["--jobs", "0"], "at least 1"), (["--jobs", "2", "--gpus", "1"], "give one of them"), (["--cluster", "moon"], "local, slurm, debug"),
     (["--slurm", "qos=low"], "goes with --cluster slurm"), (["--timeout", "0"], "more than 0 minutes"), (["--gpus", "99"], "--gpus 99"),
+    (["--gpus", "0"], "at least 1"),
     (["--name", "a/b"], "one folder name"), (["--cluster", "slurm", "--slurm", "--qos=1"], "expected at least one argument"),
 ])  # fmt: skip
 def test_bad_options_are_refused_before_anything_runs(notebook, tmp_path, capsys, words, said):
@@ -189,6 +193,76 @@ def test_dry_run_lists_and_runs_nothing(notebook, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "demo lam=1.0: waiting" in said and "2 points in" in said and "estimated cost: unknown" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_gpus_that_are_hidden_are_not_taken(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="--gpus 1: this machine shows 0"):
+        resources("local", gpus=1)
+
+
+class Ended(NotebookJob):
+    """A job that is over as soon as it is called, with `given`."""
+
+    def __call__(self):
+        return self.given["code"], "said why"
+
+
+def ended(code: int) -> Here:
+    return Here(Ended("", {"code": code}, "", "", None))
+
+
+def ending(how):
+    """In place of the slots: the sweep meets this instead of running anything."""
+    return lambda study, left, root, on, board: how(board, left[0])
+
+
+def test_sigterm_ends_a_sweep_as_ctrl_c_does_and_trouble_with_slurm_is_one_line(notebook, monkeypatch, capsys):
+    words = ["sweep", str(notebook), "--grid", "lam=1"]
+    monkeypatch.setattr(module, "_local", ending(lambda board, point: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))))
+    assert main(words) == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def refused(board, point):
+        raise RuntimeError("sbatch: error: invalid partition")
+
+    monkeypatch.setattr(module, "_local", ending(refused))
+    assert main(words) == 1 and capsys.readouterr().err.endswith("rspo-lab: sbatch: error: invalid partition\n")
+    with pytest.raises(KeyboardInterrupt):  # in this process the interrupt is of all points
+        ended(130)
+
+
+def test_processes_of_jobs_hear_sigint_and_keep_the_terminal_clean(tmp_path, capfd):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        with children(stderr=tmp_path / "jobs/log"):
+            code = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(30)"
+            subprocess.run([sys.executable, "-c", code], timeout=20)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "KeyboardInterrupt" in (tmp_path / "jobs/log").read_text() and capfd.readouterr().err == ""
+
+
+def test_the_page_says_why_a_point_failed_that_left_no_folder(notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_local", ending(lambda board, point: board.note(point, "failed", "lam must be less")))
+    assert main(["sweep", str(notebook), "--grid", "lam=1,2"]) == 1
+    page = (tmp_path / "runs/demo_sweep/index.html").read_text()
+    assert "2 runs: 1 failed, 1 waiting" in page and page.index("lam must be less") < page.index("What was run")
+
+
+def test_a_point_that_another_sweep_ended_is_done(tmp_path):
+    """Ours was refused the lock; by the time we look the other has finished."""
+    point = Point("a", tmp_path, {}, tmp_path)
+    board = Board([point], lambda line: None)
+    write_json(tmp_path / "status.json", {"state": "done"})
+    module._ended(point, ended(2), board)
+    assert board.state(point) == "done"
+
+
+def test_a_finished_study_costs_nothing(tmp_path):
+    point = Point("a", tmp_path, {}, tmp_path)
+    write_json(tmp_path / "status.json", {"state": "done"})
+    assert module.plan(Study("t", [point]), tmp_path, resources("local", jobs=1)).endswith("nothing to pay")
 
 
 SQUEUE = """#!/bin/sh
@@ -223,7 +297,7 @@ def test_slurm_arrays_are_submitted_in_order_and_not_twice(notebook, tmp_path, m
     study, lines = Study("t", [*base, late]), []
     on = resources("slurm", gpus=2, timeout_min=30.0, slurm=("partition=long", "exclusive", "mem-per-gpu=80G"))
     states = sweep(study, tmp_path / "s", on, said=lines.append)
-    assert set(states.values()) == {"waiting"} and any("Slurm job 41_0 is over and the run is not" in line for line in lines)
+    assert set(states.values()) == {"dead"} and any("Slurm job 41_0 is over and the run is not" in line for line in lines)
     first, second = ((control / f"script-{n}").read_text() for n in (41, 42))
     for option in ("array=0-1%2", "partition=long", "exclusive", "mem-per-gpu=80G", "gpus-per-node=1", "time=30", "requeue"):
         assert f"#SBATCH --{option}\n" in first, option
@@ -246,6 +320,19 @@ def test_the_board_redraws_in_place_on_a_terminal(tmp_path, monkeypatch, capsys)
     board.close()
     said = capsys.readouterr().out
     assert "a lam=1.0  running" in said and "\x1b[3F" in said and "failed   no memory" in said and "1 failed, 1 waiting" in said
+
+
+def test_the_board_fits_a_narrow_terminal(tmp_path, monkeypatch, capsys):
+    points = [Point("a", tmp_path, {"design": name * 40}, tmp_path / name) for name in "xy"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(module.shutil, "get_terminal_size", lambda: os.terminal_size((24, 12)))
+    board = Board(points, print)
+    board.note(points[0], "failed", "no\nmemory")
+    board.show()
+    lines = capsys.readouterr().out.split("\n")
+    assert len(lines) == 4 and all(len(line.removeprefix("\x1b[2K")) < 24 for line in lines) and "failed" in lines[0]
+    measured = [Point("m", tmp_path, {"trained": name}, tmp_path / name) for name in "xy"]
+    assert Board(measured, print).label(measured[1]) == "m trained=y"
 
 
 def test_load_runs_does_not_take_submitit_for_runs(notebook, tmp_path):

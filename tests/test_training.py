@@ -163,8 +163,10 @@ def test_another_config_is_refused(base, tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_path, monkeypatch):
+    recipe = RECIPES["rspo"]
+
     def poisoned(config, score, reference, advantage):
-        loss = training.rspo(config, score, reference, advantage)
+        loss = recipe(config, score, reference, advantage)
         return dataclasses.replace(loss, value=loss.value * float("nan")) if run.seen[-1:] == [2] else loss
 
     monkeypatch.setitem(RECIPES, "rspo", poisoned)

@@ -89,7 +89,6 @@ def test_profile_is_the_exact_spread_within_a_size(small):
         assert sd == pytest.approx(math.sqrt(variance), rel=0.06)
     values = torch.stack([exact_elbo(small.policy, small.batch) - exact_elbo(small.reference, small.batch)])
     assert profile.signal == pytest.approx(values.var().item(), rel=0.1)
-    assert profile.tokens == small.batch.valid.sum(1).double().mean().item()
 
 
 def test_profile_of_long_completions_has_bins():
@@ -102,19 +101,16 @@ def test_profile_of_long_completions_has_bins():
     assert profile.pairs == [20] * 7 + [160, 320, 160]  # two completions, 400 pairs over 40 sizes; those of all 40 tokens say nothing
 
 
-def law(alpha, tokens=8.0, signal=1.0, scale=1.0):
+def law(alpha, signal=1.0, scale=1.0):
     sizes = [float(n) for n in range(1, 8)]
-    return CountProfile(sizes, [scale * n**-alpha for n in sizes], [5] * 7, signal, tokens)
+    return CountProfile(sizes, [scale * n**-alpha for n in sizes], [5] * 7, signal)
 
 
 def test_recommendation_follows_the_profile():
     assert recommend_design(None) == ("bsc(0.5, 0.5)", 4)
     assert recommend_design(law(0.73), 4) == ("bsc(0.73, 0.5)", 4)
     assert recommend_design(law(-1.0), 4)[0] == "bsc(0.00, 0.5)" and recommend_design(law(3.0), 4)[0] == "bsc(1.00, 0.5)"
-    assert recommend_design(CountProfile([1.0, 2.0], [0.0, 0.0], [1, 1], 0.0, 8.0), 4)[0] == "bsc(0.5, 0.5)"
-    assert (
-        recommend_design(law(0.5, tokens=56.0), 8) == ("cyck(8)", 8) and recommend_design(law(0.5, tokens=56.0), 2)[0] == "bsc(0.50, 0.5)"
-    )
+    assert recommend_design(CountProfile([1.0, 2.0], [0.0, 0.0], [1, 1], 0.0), 4)[0] == "bsc(0.5, 0.5)"
 
 
 def test_recommended_views_reach_a_reliability_of_one_half():
@@ -127,11 +123,11 @@ def test_recommended_views_reach_a_reliability_of_one_half():
 def test_bins_count_as_often_as_their_sizes_are_drawn():
     """sd 1/l up to 7, then one bin of eight sizes: the mean sd is over sizes, the slope through the bins' mean sizes is -1."""
     sizes = [*map(float, range(1, 8)), 11.0]
-    binned = CountProfile(sizes, [1 / n for n in sizes], [2] * 7 + [16], 0.06, 16.0)
+    binned = CountProfile(sizes, [1 / n for n in sizes], [2] * 7 + [16], 0.06)
     mean = sum(2 / n for n in range(1, 8)) / 30 + 16 / 11 / 30
     assert recommend_design(binned) == ("bsc(1.00, 0.5)", 1) and mean**2 < 0.06 < (sum(binned.sd) / 8) ** 2
-    kinked = CountProfile([1.0, 2.0, 4.0], [1.0, 0.5, 0.5], [1, 1, 1000], 1.0, 8.0)
-    assert recommend_design(kinked, 4)[0] != recommend_design(CountProfile([1.0, 2.0, 4.0], [1.0, 0.5, 0.5], [1, 1, 1], 1.0, 8.0), 4)[0]
+    kinked = CountProfile([1.0, 2.0, 4.0], [1.0, 0.5, 0.5], [1, 1, 1000], 1.0)
+    assert recommend_design(kinked, 4)[0] != recommend_design(CountProfile([1.0, 2.0, 4.0], [1.0, 0.5, 0.5], [1, 1, 1], 1.0), 4)[0]
 
 
 def test_signal_is_free_of_what_differs_between_sizes():

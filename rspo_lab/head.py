@@ -1,0 +1,68 @@
+"""The vocabulary head: log-probabilities of given tokens without ever holding the logits of many rows.
+
+Shapes: n rows (hidden tokens), H width of a state, V vocabulary.  Log-probabilities in nats, in float32 or wider.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK = 2**26  # logits held at a time: 256 MiB in float32, 530 rows of LLaDA's vocabulary
+
+
+def head_logits(states: Float[Tensor, "*n H"], weight: Float[Tensor, "V H"], banned: Bool[Tensor, " V"]) -> Float[Tensor, "*n V"]:
+    """Logits in float32 or wider; -inf where an id is banned."""
+    return _wide(torch.nn.functional.linear(states, weight)).masked_fill(banned, -torch.inf)
+
+
+def token_logp(
+    states: Float[Tensor, "n H"], weight: Float[Tensor, "V H"], targets: Int[Tensor, " n"], banned: Bool[Tensor, " V"], chunk: int = CHUNK
+) -> Float[Tensor, " n"]:
+    """log softmax(states @ weight.T)[targets] over the ids that are not banned; `chunk` is the number of logits held at a time.
+
+    Up to `chunk` logits in all go through autograd as they are.  Above it the rows are cut into pieces, forward and
+    backward, and logits are computed again for the gradient: one more product with the weight, and memory that does not
+    grow with n * V.  The gradient is exact (no small term is dropped); one to a weight in half precision is summed over the
+    pieces in that precision, and a frozen weight gets and costs none.
+    """
+    if len(targets) * len(weight) <= chunk:
+        return head_logits(states, weight, banned).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    return _TokenLogp.apply(states, weight, targets, banned, max(1, chunk // len(weight)))
+
+
+class _TokenLogp(torch.autograd.Function):
+    """d logp_t / d logits_v = 1[v = t] - p_v: the backward needs the states and each row's logsumexp, not the logits."""
+
+    @staticmethod
+    def forward(ctx, states, weight, targets, banned, rows):
+        logp, norm = [], []
+        for some, ids in zip(states.split(rows), targets.split(rows)):
+            logits = _wide(some @ weight.T).masked_fill_(banned, -torch.inf)
+            norm.append(logits.logsumexp(-1))
+            logp.append(logits.gather(-1, ids[:, None])[:, 0] - norm[-1])
+        ctx.rows = rows
+        ctx.save_for_backward(states, weight, targets, banned, torch.cat(norm))
+        return torch.cat(logp)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope):
+        states, weight, targets, banned, norm = ctx.saved_tensors
+        to_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(targets), ctx.rows):
+            here = slice(i, i + ctx.rows)
+            logits = _wide(states[here] @ weight.T).masked_fill_(banned, -torch.inf)
+            to_logits = logits.sub_(norm[here, None]).exp_().mul_(-slope[here, None])
+            to_logits.scatter_add_(1, targets[here, None], slope[here, None])
+            to_logits = to_logits.to(states.dtype)
+            if to_states is not None:
+                to_states[here] = to_logits @ weight
+            if to_weight is not None:
+                to_weight.addmm_(to_logits.T, states[here])
+        return to_states, to_weight, None, None, None
+
+
+def _wide(logits):
+    return logits if logits.dtype == torch.float64 else logits.float()
