@@ -7,6 +7,7 @@ Torch is imported once the parameters are known to be good.
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -86,6 +87,13 @@ class Result:
         """A few lines to read."""
         shares = [f"  pass@{k} {100 * s:.2f} %, 95 % bootstrap {100 * a:.2f} to {100 * b:.2f} %" for k, (s, a, b) in self.pass_at.items()]
         return "\n".join([f"length {self.length}, {self.problems} problems: {self.grade.to_text()}", *shares])
+
+
+def counts(text: str) -> list[int]:
+    """The numbers of "128,256", none of ""; ValueError on anything else."""
+    if not re.fullmatch("([1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*)?", text):
+        raise ValueError(f"write whole numbers with commas between them, not {text!r}")
+    return [int(word) for word in text.split(",")] if text else []
 
 
 def benchmark(

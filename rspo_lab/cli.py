@@ -6,7 +6,6 @@ Nothing heavy is imported before the input is known to be good.
 
 import argparse
 import json
-import re
 import sys
 import time
 import traceback
@@ -74,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--task", required=True)
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="where completions and results.json go")
     for option, kind, text in (
-        ("lengths", _counts, "completion tokens: 128,256,512"), ("k", _counts, "report pass@k of the samples: 1,4"),
+        ("lengths", str, "completion tokens: 128,256,512"), ("k", str, "report pass@k of the samples: 1,4"),
         ("data", str, "a file of problems (default: the task's test split)"), ("problems", int, "how many (default: all)"),
         ("style", str, "d1-eval (default), d1 or compact"), ("block", int, "tokens a block (default: 32)"),
         ("steps", int, "denoising steps (default: half the length)"), ("temperature", float, "default: 0"),
@@ -210,22 +209,13 @@ def _grade(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from rspo_lab.benchmark import BenchmarkConfig, benchmark
+    from rspo_lab.benchmark import BenchmarkConfig, benchmark, counts
 
     config = BenchmarkConfig(**{name: value for name in fields(BenchmarkConfig) if (value := getattr(args, name)) is not None})
-    said = partial(print, file=sys.stderr, flush=True)
-    found = benchmark(
-        config, args.out, args.lengths or [], protocol=args.protocol, ks=args.k or [], device=args.device or "auto", report=said
-    )  # fmt: skip
+    lengths, ks, said = counts(args.lengths or ""), counts(args.k or ""), partial(print, file=sys.stderr, flush=True)
+    found = benchmark(config, args.out, lengths, protocol=args.protocol, ks=ks, device=args.device or "auto", report=said)
     print(json.dumps([result.to_dict() for result in found]) if args.json else "\n".join(result.to_text() for result in found))
     return 0
-
-
-def _counts(text: str) -> list[int]:
-    """The numbers of "128,256"."""
-    if not re.fullmatch("[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text):
-        raise argparse.ArgumentTypeError(f"write whole numbers with commas between them, not {text!r}")
-    return [int(word) for word in text.split(",")]
 
 
 def _runs(args: argparse.Namespace) -> int:

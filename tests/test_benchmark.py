@@ -170,7 +170,7 @@ def test_a_model_that_reads_words_at_several_lengths(reader, tmp_path):
         ("--task sudoku", "give lengths, such as 128,256,512"),
         ("--task gsm8k --style compact", "gsm8k has no compact style"),
         ("--task gsm --lengths 128", "did you mean 'gsm8k'?"),
-        ("--task gsm8k --lengths 128,x", "argument --lengths: write whole numbers with commas between them, not '128,x'"),
+        ("--task gsm8k --lengths 128,x", "write whole numbers with commas between them, not '128,x'"),
         ("--task gsm8k --lengths 100", "length 100 is not a multiple of block 32"),
         ("--task gsm8k --lengths 128 --steps 3", "3 steps do not come out even for the 4 blocks of length 128"),
         ("--task gsm8k --lengths 128 --style d2", "unknown style 'd2': choose from compact, d1, d1-eval"),
