@@ -1,4 +1,4 @@
-"""The command line: `rspo-lab run | sweep | report | runs | train | grade`.
+"""The command line: `rspo-lab run | sweep | report | runs | train | eval | grade`.
 
 Exit codes: 0 done; 1 a failure at run time; 2 bad input, with one line that says so; `run` has more (notebook.Outcome).
 Nothing heavy is imported before the input is known to be good.
@@ -66,6 +66,23 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_argument("--task", required=True)
     grade.add_argument("--protocol", default="strict", help="d1 (as published) or strict (default)")
     grade.add_argument("--json", action="store_true", help="print JSON")
+
+    evaluate = commands.add_parser("eval", help="complete a benchmark with a model, and score it; a second call goes on where one ended")
+    evaluate.set_defaults(command=_eval)
+    evaluate.add_argument("--model", required=True, help="a folder, one of data/base-*, or a hub name")
+    evaluate.add_argument("--task", required=True)
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="where completions and results.json go")
+    for option, kind, text in (
+        ("lengths", str, "completion tokens: 128,256,512"), ("k", str, "report pass@k of the samples: 1,4"),
+        ("data", str, "a file of problems (default: the task's test split)"), ("problems", int, "how many (default: all)"),
+        ("style", str, "d1-eval (default), d1 or compact"), ("block", int, "tokens a block (default: 32)"),
+        ("steps", int, "denoising steps (default: half the length)"), ("temperature", float, "default: 0"),
+        ("samples", int, "completions a problem (default: 1)"), ("batch", int, "completions at a time (default: 8)"),
+        ("seed", int, "default: 0"), ("dtype", str, "float32 (default) or bfloat16"), ("device", str, "default: cuda where there is one"),
+    ):  # fmt: skip
+        evaluate.add_argument(f"--{option}", type=kind, help=text)
+    evaluate.add_argument("--protocol", default="d1", help="d1 (default, as published) or strict")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
 
     runs = commands.add_parser("runs", help="what ran, and how it ended")
     runs.set_defaults(command=_runs)
@@ -188,6 +205,16 @@ def _grade(args: argparse.Namespace) -> int:
 
     found = grade(args.file, args.task, args.protocol)
     print(found.to_json() if args.json else found.to_text())
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from rspo_lab.benchmark import BenchmarkConfig, benchmark, counts
+
+    config = BenchmarkConfig(**{name: value for name in fields(BenchmarkConfig) if (value := getattr(args, name)) is not None})
+    lengths, ks, said = counts(args.lengths or ""), counts(args.k or ""), partial(print, file=sys.stderr, flush=True)
+    found = benchmark(config, args.out, lengths, protocol=args.protocol, ks=ks, device=args.device or "auto", report=said)
+    print(json.dumps([result.to_dict() for result in found]) if args.json else "\n".join(result.to_text() for result in found))
     return 0
 
 

@@ -10,6 +10,7 @@ from rspo_lab.masks import design as design_named
 from rspo_lab.model import find
 from rspo_lab.objectives import RECIPES
 from rspo_lab.tasks import task as task_named
+from rspo_lab.tasks.verdict import in_words
 
 CHOICES = {
     "objective": RECIPES, "advantage": ADVANTAGES, "scope": ("batch", "group", "none"),
@@ -92,7 +93,8 @@ class TrainConfig:
             masks = design_named(design)(torch.ones(1, 4, dtype=torch.bool), views, generator=torch.Generator())
         if self.residual == "leave_one_out" and masks.replicates < 2:
             raise ValueError(f"leave_one_out needs 2 replicates, {self.design} makes 1 of {self.views} views: raise views or take count")
-        task_named(self.task)
+        if not hasattr(task_named(self.task), "COMPACT_LENGTH"):
+            in_words(self.style, self.task)
         find(self.model)
         if self.data and not Path(self.data).is_file():
             raise FileNotFoundError(f"no file of problems at data = {self.data}: give a path from here ({Path.cwd()}) or a full one")

@@ -11,6 +11,7 @@ from rspo_lab.batch import Batch, valid_until_end
 from rspo_lab.keys import generator
 from rspo_lab.model import DiffusionLM
 from rspo_lab.rollout import Rollout, generate
+from rspo_lab.tasks.verdict import PREFILL
 
 
 def complete(
@@ -21,7 +22,7 @@ def complete(
 
     In compact style decoding starts from the task's canvas, and only the tokens written are scored; else from all masks.
     """
-    prompt, prompt_valid = model.encode([task.prompt(e, style) for e in examples])
+    prompt, prompt_valid = model.encode(prompts(model, task, examples, style))
     if style == "compact":
         canvas = model.encode_canvas([task.canvas(e) for e in examples])
     else:
@@ -32,6 +33,22 @@ def complete(
     )  # fmt: skip
     valid = valid_until_end(rollout.completion, model.tokenizer.eos_token_id) & (canvas == model.mask_id)
     return Batch(prompt, prompt_valid, rollout.completion, valid), rollout
+
+
+def prompts(model: DiffusionLM, task: ModuleType, examples: list, style: str) -> list[str]:
+    """What the model reads: in words, the message in the tokenizer's chat template (if it has one) and the style's prefill."""
+    read = [task.prompt(e, style) for e in examples]
+    if style != "compact" and model.tokenizer.chat_template:
+        turns = [[{"role": "user", "content": text}] for text in read]
+        read = [model.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
+    return [text + PREFILL[style] for text in read]
+
+
+def texts(model: DiffusionLM, completion: torch.Tensor, style: str) -> list[str]:
+    """Completions as text: compact ones up to the end of text, those in words with its token, which d1's Sudoku scorer looks for."""
+    decoded, end = model.decode(completion), model.tokenizer.eos_token_id
+    ended = (completion == end).any(1).tolist() if style != "compact" else [False] * len(decoded)
+    return [text + model.tokenizer.eos_token if e else text for text, e in zip(decoded, ended)]
 
 
 def rewards(model: DiffusionLM, task: ModuleType, examples: list, completion: torch.Tensor, *, style: str) -> list[float]:

@@ -1,18 +1,16 @@
 """Grades of completion files: how many a model got right, with a 95 % interval and the reasons for the rest.
 
-A file is jsonl with `question`, `completion` (in d1's style: the answer between <answer> tags) and `ground_truth` (countdown
-[numbers, target]; sudoku the 16-digit solution, its puzzle the 16 digits in `question`).  Accuracies and bounds are shares in [0, 1].
+A file is jsonl with `question`, `completion` and `ground_truth` (countdown [numbers, target]; sudoku the 16-digit solution, its puzzle
+the 16 digits in `question`; gsm8k a number; math500 LaTeX).  Completions are in d1's style, the answer between <answer> tags, unless the
+row says otherwise in `style`.  Rows of one `id` are samples for one problem.  Accuracies and bounds are shares in [0, 1].
 """
 
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rspo_lab.tasks import countdown, sudoku
 from rspo_lab.tasks import task as task_named
 from rspo_lab.tasks.lines import field, objects
 from rspo_lab.tasks.verdict import PROTOCOLS, Verdict, one_of
@@ -54,12 +52,16 @@ def grade(path: str | Path, task: str, protocol: str = "strict") -> Grade:
 
     ValueError: unknown task or protocol, a malformed row (with file, line and mend), an empty file.
     """
-    verify, example_of = task_named(task).verdict, EXAMPLES[task]
+    judge = task_named(task)
     one_of(protocol, PROTOCOLS, "protocol")
-    verdicts = []
+    verdicts, problems = [], []
     for where, row in objects(path):
-        completion, example = field(row, "completion", str, where), example_of(row, where)
-        verdicts.append(verify(completion, example, protocol=protocol, style="d1"))
+        completion, example = field(row, "completion", str, where), judge.from_record(row, where)
+        try:
+            verdicts.append(judge.verdict(completion, example, protocol=protocol, style=row.get("style", "d1")))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        problems.append(str(row.get("id", where)))
     if not verdicts:
         raise ValueError(f"{path} has no rows; write one JSON object a line")
     counts = [(v.components["solved"], 1.0) for v in verdicts]
@@ -68,7 +70,10 @@ def grade(path: str | Path, task: str, protocol: str = "strict") -> Grade:
     correct, total = (int(sum(column)) for column in zip(*counts, strict=True))
     if not total:
         raise ValueError(f"{path}: no puzzle has a blank cell; there is nothing to grade")
-    low, high = wilson(correct / total, independent(counts))
+    clusters: dict[str, list[tuple[float, float]]] = {}
+    for problem, count in zip(problems, counts, strict=True):
+        clusters.setdefault(problem, []).append(count)
+    low, high = wilson(correct / total, independent([tuple(map(sum, zip(*c, strict=True))) for c in clusters.values()]))
     failures = dict(Counter(v.failure for v in verdicts if v.failure).most_common())
     return Grade(task, protocol, len(verdicts), correct, total, correct / total, low, high, failures, verdicts)
 
@@ -78,6 +83,11 @@ def wilson(share: float, n: int | float) -> tuple[float, float]:
     middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))  # contains the share; rounding may not
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """1 - C(n - correct, k) / C(n, k): the chance that k of n samples hold a correct one, unbiased.  (arXiv:2107.03374, Eq. 1)"""
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def independent(counts: list[tuple[float, float]]) -> float:
@@ -96,30 +106,3 @@ def independent(counts: list[tuple[float, float]]) -> float:
         return float(clusters)
     spread = sum((correct - share * trials) ** 2 for correct, trials in counts) * clusters / (clusters - 1) / total**2
     return min(total, share * (1 - share) / spread) if spread else total
-
-
-def _countdown_example(row: dict, where: str) -> countdown.Example:
-    field(row, "question", str, where)
-    match field(row, "ground_truth", list, where):
-        case [[_, *_] as numbers, target] if all(type(number) is int for number in [*numbers, target]):
-            return countdown.Example(where, tuple(numbers), target)
-        case other:
-            raise ValueError(f"{where}: ground_truth {str(other)[:60]}; write [numbers, target], such as [[30, 100, 93], 23]")
-
-
-def _sudoku_example(row: dict, where: str) -> sudoku.Example:
-    """The puzzle stands where d1 looks for it (first, or after "Sudoku puzzle: "), or is the only run of 16 digits."""
-    question, solution = field(row, "question", str, where), field(row, "ground_truth", str, where)
-    if not re.fullmatch("[1-4]{16}", solution):
-        raise ValueError(f"{where}: ground_truth {solution[:40]!r}; write the solution as 16 digits 1-4")
-    placed = re.match("[0-9]{16}", question) or re.search("(?<=Sudoku puzzle: )[0-9]{16}", question)
-    puzzles = [placed[0]] if placed else re.findall("(?<![0-9])[0-9]{16}(?![0-9])", question)
-    if len(puzzles) != 1 or not re.fullmatch("[0-4]{16}", puzzles[0]):
-        raise ValueError(f"{where}: no single puzzle in question {question[-60:]!r}; write it as 16 digits 0-4")
-    return sudoku.Example(where, puzzles[0], solution)
-
-
-EXAMPLES: dict[str, Callable[[dict, str], countdown.Example | sudoku.Example]] = {
-    "countdown": _countdown_example,
-    "sudoku": _sudoku_example,
-}

@@ -13,7 +13,7 @@ LEVELS = [  # a file imports only from the levels before its own, or from files 
     {"architectures", "tokenizer", "head"},
     {"parameters", "provenance", "estimators", "oracle", "rollout", "plots", "noise_plots", "explore_plots", "grading", "runs", "views"},
     {"model", "evaluation", "notebook"},
-    {"config", "base_model", "checkpoints", "scores", "training"},
+    {"config", "benchmark", "base_model", "checkpoints", "scores", "training"},
     {"score_noise", "gradient_noise", "gap", "live", "explore", "explorer", "arms", "report", "study", "board", "sweep", "cli"},
 ]
 

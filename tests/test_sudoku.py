@@ -59,7 +59,7 @@ def test_bad_requests_name_the_choices():
             call()
     with pytest.raises(ValueError, match="did you mean 'sudoku'"):
         task("sodoku")
-    with pytest.raises(ValueError, match="countdown, sudoku"):
+    with pytest.raises(ValueError, match="countdown, .*sudoku"):
         task("xyz")
     assert task("sudoku") is TASKS["sudoku"] is sudoku
 

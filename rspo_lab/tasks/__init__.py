@@ -4,15 +4,17 @@ Every task module offers `Example`, `examples(split, n, seed=)`, `read(path, n)`
 `solutions(example)`, `verdict(completion, example, protocol=, style=)`, `reward(...)` in [0, 1], `COMPACT_LENGTH` (tokens of a
 compact completion, one a character), `COMPACT_CHARS` (characters of compact prompts and completions), `TRAIN_PROBLEMS` (size
 of a training run's pool), `split_key(example)` (what splits may not share) and `canvas(example)` (the compact completion before
-decoding: "?" for a token to write; a diffusion model fills in around what stands there).
+decoding: "?" for a token to write; a diffusion model fills in around what stands there).  For benchmark files also
+`TEST_PROBLEMS` (size of an evaluation), `record(example)` and `from_record(row, where)` (a problem in a file of completions).
+gsm8k and math500 have no compact style, hence no `COMPACT_*`.
 """
 
 import difflib
 from types import ModuleType
 
-from rspo_lab.tasks import countdown, sudoku, sums
+from rspo_lab.tasks import countdown, gsm8k, math500, sudoku, sums
 
-TASKS = {"sudoku": sudoku, "countdown": countdown, "sums": sums}
+TASKS = {"sudoku": sudoku, "countdown": countdown, "sums": sums, "gsm8k": gsm8k, "math500": math500}
 
 
 def task(name: str) -> ModuleType:

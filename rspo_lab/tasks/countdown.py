@@ -17,29 +17,33 @@ from pathlib import Path
 
 from rspo_lab.tasks import countdown_d1
 from rspo_lab.tasks.lines import field, first, objects
-from rspo_lab.tasks.verdict import PROTOCOLS, STYLES, Verdict, one_of, strict_answer
+from rspo_lab.tasks.verdict import D1_EVAL_FORMAT, D1_FORMAT, PROTOCOLS, STYLES, Verdict, one_of, strict_answer
 
 COMPACT_LENGTH = 8
 COMPACT_CHARS = "0123456789+-*,=:"
+TEST_PROBLEMS = 196  # an evaluation: all of the split
 TRAIN_PROBLEMS = 1117  # a training run's pool: all of the split
 TEST_PERCENT = 15
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
-D1_PROMPT = """
-Respond in the following format:
-<reasoning>
-...
-</reasoning>
-<answer>
-...
-</answer>
-
+D1_PROMPT = (
+    D1_FORMAT
+    + """
 Using only the numbers {numbers}, create an arithmetic expression that evaluates to exactly {target}. You must use all numbers \
 from the list, and each number must be used exactly once. You may use the operations +, -, *, and / as needed. After reasoning, \
 provide only your final expression inside <answer></answer> tags without including an equals sign or the target number. For \
 example, if the numbers are [2, 3, 4] and the target is 5, a valid answer is: <answer>
 2*4-3
-</answer>"""  # d1, diffu-grpo/data_utils.py (training; its evaluation words it otherwise)
+</answer>"""
+)  # d1, diffu-grpo/data_utils.py
+
+D1_EVAL_PROMPT = (
+    "Using only the provided numbers, create an arithmetic expression that evaluates to exactly the provided target number. You may use "
+    "the operations +, -, *, and / as needed, but each number must be used exactly once. Think step-by-step. After reasoning, provide only "
+    "your final expression inside \\boxed{} tags without including an equals sign or the target number. For example: \\boxed{a + b * c}"
+    + D1_EVAL_FORMAT
+    + "\n\n"
+)  # d1, eval/countdown.py: no line break before the format
 
 
 @dataclass(frozen=True)
@@ -121,10 +125,28 @@ def read(path: str | Path, n: int | None = None) -> list[Example]:
 
 
 def prompt(example: Example, style: str) -> str:
-    """Compact: "03,07,02=23:".  d1: the published training message (one user turn, no system turn)."""
+    """Compact: "03,07,02=23:".  d1, d1-eval: the published messages of training and evaluation (one user turn, no system turn)."""
     if one_of(style, STYLES, "style") == "compact":
         return f"{','.join(map(_two_digits, example.numbers))}={_two_digits(example.target)}:"
+    if style == "d1-eval":
+        return D1_EVAL_PROMPT + record(example)["question"]
     return D1_PROMPT.format(numbers=list(example.numbers), target=example.target)
+
+
+def record(example: Example) -> dict:
+    """What a file of completions says of the problem: d1's `question` and `ground_truth`."""
+    numbers = list(example.numbers)
+    return {"question": f"Numbers: {numbers}\nTarget: {example.target}", "ground_truth": [numbers, example.target]}
+
+
+def from_record(row: dict, where: str) -> Example:
+    """The problem of such a row; ValueError that begins with `where` on a malformed one."""
+    field(row, "question", str, where)
+    match field(row, "ground_truth", list, where):
+        case [[_, *_] as numbers, target] if all(type(number) is int for number in [*numbers, target]):
+            return Example(where, tuple(numbers), target)
+        case other:
+            raise ValueError(f"{where}: ground_truth {str(other)[:60]}; write [numbers, target], such as [[30, 100, 93], 23]")
 
 
 def split_key(example: Example) -> tuple:

@@ -1,14 +1,16 @@
 """d1's Countdown scorer as published, without `eval`: which text it takes for the equation, and what is wrong with it.
 
-Facts from github.com/dllm-reasoning/d1, eval/parse_and_get_acc.py (`parse_countdown_answers`) and eval/parser_helper.py
-(`last_boxed_only_string`, `remove_boxed`), read in public copies.  The rules are Python's, so `**`, `//`, unary signs and decimals
-count.  What would run for long is bounded: an equation over 300 characters or a power over 100,000 bits is wrong.
+Facts from github.com/dllm-reasoning/d1, eval/parse_and_get_acc.py (`parse_countdown_answers`), read in public copies.  The rules
+are Python's, so `**`, `//`, unary signs and decimals count.  What would run for long is bounded: an equation over 300
+characters or a power over 100,000 bits is wrong.
 """
 
 import ast
 import operator
 import re
 from itertools import islice
+
+from rspo_lab.tasks.math_d1 import boxed
 
 LONGEST = 300  # characters of an equation
 LARGEST = 100_000  # bits of a power
@@ -53,30 +55,12 @@ def equation(completion: str) -> str:
 
     So <answer> is looked at only beside a broken box.  Then LaTeX signs are replaced and the first "expression=number" cut.
     """
-    text = _boxed(completion)
+    text = boxed(completion)
     if text is None:
         inside, closed, _ = completion.partition("<answer>")[2].partition("</answer>")
         text = inside.strip() if closed else completion
     text = text.replace(r"\div", "/").replace(r"\times", "*").replace(r"\cdot", "*")
     return _left_side(text)
-
-
-def _boxed(text: str) -> str | None:
-    """What d1 takes from a box, the whole text if there is none, None if the last one is not closed."""
-    if "\\boxed " in text:  # TeX's short form: up to the next dollar sign
-        return text.rpartition("\\boxed ")[2].partition("$")[0]
-    start = text.rfind("\\boxed")
-    if start < 0:
-        start = text.rfind("\\fbox")
-    if start < 0:
-        return text
-    depth = 0
-    for brace in re.finditer("[{}]", text[start:]):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0 and brace[0] == "}":
-            whole = text[start : start + brace.end()]
-            return whole[len("\\boxed{") : -1] if whole.startswith("\\boxed{") else whole
-    return None
 
 
 def _left_side(text: str) -> str:

@@ -13,11 +13,12 @@ from functools import cache
 from itertools import permutations, product
 from pathlib import Path
 
-from rspo_lab.tasks.lines import first
+from rspo_lab.tasks.lines import field, first
 from rspo_lab.tasks.verdict import PROTOCOLS, STYLES, Verdict, one_of, strict_answer
 
 COMPACT_LENGTH = 16
 COMPACT_CHARS = "01234="
+TEST_PROBLEMS = 256  # an evaluation
 TRAIN_PROBLEMS = 4096  # a training run's pool; generated, so it could be larger
 BLANKS = range(6, 12)  # blanks of a generated puzzle
 TEST_GRIDS = 48
@@ -145,10 +146,30 @@ def read(path: str | Path, n: int | None = None) -> list[Example]:
 
 
 def prompt(example: Example, style: str) -> str:
-    """Compact: only "=", since the puzzle is the canvas.  d1: the published user message (one user turn, no system turn)."""
+    """Compact: only "=", since the puzzle is the canvas.  d1, d1-eval: the published user message (one user turn, no system turn)."""
     if one_of(style, STYLES, "style") == "compact":
         return "="
     return D1_PROMPT.format(puzzle=example.puzzle)
+
+
+def record(example: Example) -> dict:
+    """What a file of completions says of the problem: d1's `question` and `ground_truth`."""
+    return {"question": f"Solve the following Sudoku puzzle: {example.puzzle}\n", "ground_truth": example.solution}
+
+
+def from_record(row: dict, where: str) -> Example:
+    """The problem of such a row; ValueError that begins with `where` on a malformed one.
+
+    The puzzle stands where d1 looks for it (first, or after "Sudoku puzzle: "), or is the only run of 16 digits.
+    """
+    question, solution = field(row, "question", str, where), field(row, "ground_truth", str, where)
+    if not re.fullmatch("[1-4]{16}", solution):
+        raise ValueError(f"{where}: ground_truth {solution[:40]!r}; write the solution as 16 digits 1-4")
+    placed = re.match("[0-9]{16}", question) or re.search("(?<=Sudoku puzzle: )[0-9]{16}", question)
+    puzzles = [placed[0]] if placed else re.findall("(?<![0-9])[0-9]{16}(?![0-9])", question)
+    if len(puzzles) != 1 or not re.fullmatch("[0-4]{16}", puzzles[0]):
+        raise ValueError(f"{where}: no single puzzle in question {question[-60:]!r}; write it as 16 digits 0-4")
+    return Example(where, puzzles[0], solution)
 
 
 def split_key(example: Example) -> str:

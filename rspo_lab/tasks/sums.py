@@ -17,6 +17,7 @@ SUMS = 8
 LINE = 7  # characters of a sum that is worked out
 COMPACT_LENGTH = LINE * SUMS
 COMPACT_CHARS = "0123456789+:=; "
+TEST_PROBLEMS = 256  # an evaluation
 TRAIN_PROBLEMS = 4096  # a training run's pool; generated, so it could be larger
 TEST_PERCENT = 15
 
@@ -43,18 +44,31 @@ def read(path: str | Path, n: int | None = None) -> list[Example]:
 
     FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row, or if there are fewer than n.
     """
-    found = []
-    for where, row in objects(path):
-        text = field(row, "sums", str, where)
-        if not re.fullmatch(rf"([0-9]\+[0-9],){{{SUMS - 1}}}[0-9]\+[0-9]", text):
-            raise ValueError(f'{where}: sums {text[:60]!r}; write {SUMS} of two digits each, as "7+8,0+5,..."')
-        chosen = tuple(tuple(map(int, sum_.split("+"))) for sum_ in text.split(","))
-        found.append(Example(f"{Path(path).name}:{where.rpartition(':')[2]}", chosen))
+    found = [
+        Example(f"{Path(path).name}:{where.rpartition(':')[2]}", _pairs(field(row, "sums", str, where), where))
+        for where, row in objects(path)
+    ]
     return first(found, n, path)
 
 
+def record(example: Example) -> dict:
+    """What a file of completions says of the problem: the sums, which are the ground truth too."""
+    return {"question": _listed(example.pairs), "ground_truth": _listed(example.pairs)}
+
+
+def from_record(row: dict, where: str) -> Example:
+    """The problem of such a row; ValueError that begins with `where` on a malformed one."""
+    return Example(where, _pairs(field(row, "ground_truth", str, where), where))
+
+
+def _pairs(text: str, where: str) -> tuple[tuple[int, int], ...]:
+    if not re.fullmatch(rf"([0-9]\+[0-9],){{{SUMS - 1}}}[0-9]\+[0-9]", text):
+        raise ValueError(f'{where}: sums {text[:60]!r}; write {SUMS} of two digits each, as "7+8,0+5,..."')
+    return tuple(tuple(map(int, sum_.split("+"))) for sum_ in text.split(","))
+
+
 def prompt(example: Example, style: str) -> str:
-    """Compact: "7+8=  ;0+5=  ;...:".  d1: an instruction that asks for the same between <answer> tags."""
+    """Compact: "7+8=  ;0+5=  ;...:".  d1, d1-eval: an instruction that asks for the same between <answer> tags."""
     if one_of(style, STYLES, "style") == "compact":
         return "".join(f"{a}+{b}=  ;" for a, b in example.pairs) + ":"
     return f"Work out {_listed(example.pairs)}. Respond with all of them, in order, sums in two digits: <answer>7+8=15;0+5=05;</answer>"

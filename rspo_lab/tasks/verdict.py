@@ -2,14 +2,32 @@
 
 Rewards are in [0, 1].  Protocol "strict" pays 1 for a correct answer and 0 for anything else; protocol "d1" reproduces the
 published evaluation scorer (github.com/dllm-reasoning/d1, eval/parse_and_get_acc.py).  Style "compact": the whole completion is
-the answer; style "d1": the answer stands between <answer> and </answer>.
+the answer; styles "d1" (the published training message) and "d1-eval" (the evaluation message, with the first word of the reply
+prefilled): the answer stands between <answer> and </answer>.
 """
 
 from dataclasses import dataclass
 
 PROTOCOLS = ("strict", "d1")
-STYLES = ("compact", "d1")
-LONGEST_ANSWER = 200  # characters; a legal answer to either task is far shorter
+STYLES = ("compact", "d1", "d1-eval")
+PREFILL = {"compact": "", "d1": "", "d1-eval": "<reasoning>"}  # written after the chat template; not part of the completion
+D1_FORMAT = """
+Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+"""  # d1, diffu-grpo/data_utils.py: training
+D1_EVAL_FORMAT = r"""Respond in the following format:
+<reasoning>
+Your reasoning here
+</reasoning>
+<answer>
+\boxed{...}
+</answer>"""  # d1, eval/*.py
+LONGEST_ANSWER = 200  # characters; the longest of MATH is 159
 
 
 @dataclass(frozen=True)
@@ -28,12 +46,19 @@ def one_of(value: str, choices: tuple[str, ...], noun: str) -> str:
     return value
 
 
+def in_words(style: str, task: str) -> str:
+    """`style` if it is one of messages in words, else ValueError: the task has no compact style."""
+    if one_of(style, STYLES, "style") == "compact":
+        raise ValueError(f"{task} has no compact style: give style d1 or d1-eval, and a model that reads words")
+    return style
+
+
 def strict_answer(completion: str, style: str) -> tuple[str, str | None]:
     """(answer, None) or ("", failure): the one answer of a completion, short and ASCII.
 
-    In style "d1" exactly one `<answer>` and one `</answer>` must occur; a single `\\boxed{...}` may wrap the answer.
+    Unless the style is "compact", exactly one `<answer>` and one `</answer>` must occur; a single `\\boxed{...}` may wrap the answer.
     """
-    if one_of(style, STYLES, "style") == "d1":
+    if one_of(style, STYLES, "style") != "compact":
         opened, closed = completion.count("<answer>"), completion.count("</answer>")
         if opened > 1 or closed > 1:
             return "", "several_answers"

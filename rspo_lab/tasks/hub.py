@@ -1,0 +1,57 @@
+"""Rows of public benchmarks: from the Hugging Face hub by `datasets`, or from a local csv, jsonl or parquet file of the same columns."""
+
+import csv
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from rspo_lab.tasks.lines import objects
+
+
+def download(name: str, config: str | None, split: str, n: int, *, seed: int) -> list[tuple[str, dict]]:
+    """n rows of a hub data set in the order of a seed, each with where it stands; a longer list starts with the shorter one.
+
+    A folder ./<name> with the data set's files goes before the hub.  ValueError if the split has fewer than n; ConnectionError
+    that names the mend where the hub is out of reach and the data set is not in its cache.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise ConnectionError(
+            f"cannot load {name} ({' '.join(str(error).split())[:120]}): without a network put its files at ./{name} "
+            f"(where there is one: `hf download {name} --repo-type dataset --local-dir {name}`), or give a file of such rows as the data"
+        ) from error
+    if not 0 <= n <= len(rows):
+        raise ValueError(f"asked for {n} of {name} {split}; the maximum is {len(rows)}")
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    return [(f"{name}/{split}:{i}", rows[i]) for i in order[:n]]
+
+
+def rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("file:line", row) of a local file; in parquet the line is the row's number, from 1.
+
+    FileNotFoundError if there is no such file; ValueError on another kind of file or a malformed line.
+    """
+    kind = Path(path).suffix.lower()
+    if kind == ".csv":
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file, strict=True)
+            try:
+                for row in table:
+                    if None in row or None in row.values():
+                        raise ValueError(f"{path}:{table.line_num}: not {len(table.fieldnames)} fields; quote those with commas")
+                    yield f"{path}:{table.line_num}", row
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}:{table.line_num + 1}: {error}; save it as UTF-8 csv, fields with commas in quotes") from None
+    elif kind == ".parquet":
+        import pyarrow.parquet
+
+        for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1):
+            yield f"{path}:{number}", row
+    elif kind in (".jsonl", ".json"):
+        yield from objects(path)
+    else:
+        raise ValueError(f"{path}: cannot read {kind or 'a file without an ending'}; give a .csv, .jsonl or .parquet file")
