@@ -25,9 +25,13 @@ class Board:
         self.lines = 0  # drawn last, to be overwritten
         self.drawn = 0.0
         self.told: dict[Path, tuple[str, float]] = {}  # what was last said of a point, and when
-        names = dict.fromkeys(name for point in points for name in point.given)
-        names = [n for n in names if n != "trained" or len({point.name for point in points}) == 1]  # a long path, if the name says it too
-        self.varies = [n for n in names if len({repr(point.given.get(n)) for point in points if n in point.given}) > 1]
+        named: dict[str, list[dict]] = {}
+        for point in points:
+            named.setdefault(point.name, []).append(point.given)
+        self.varies = {  # by name, the parameters in which its points differ; a long path only if nothing else tells them apart
+            name: [k for k in alike[0] if (k != "trained" or len(named) == 1) and len({repr(given.get(k)) for given in alike}) > 1]
+            for name, alike in named.items()
+        }
 
     def state(self, point: Point) -> str:
         """waiting, queued, running, done, failed, stopped or dead."""
@@ -44,7 +48,7 @@ class Board:
 
     def label(self, point: Point) -> str:
         """The point's name with the parameters that vary."""
-        return " ".join([point.name, *(f"{name}={point.given[name]}" for name in self.varies if name in point.given)])
+        return " ".join([point.name, *(f"{name}={point.given[name]}" for name in self.varies[point.name])])
 
     def show(self) -> None:
         """Draw what changed."""
