@@ -28,10 +28,10 @@ class Board:
         named: dict[str, list[dict]] = {}
         for point in points:
             named.setdefault(point.name, []).append(point.given)
-        self.varies = {  # by name, the parameters in which its points differ; a long path only if nothing else tells them apart
-            name: [k for k in alike[0] if (k != "trained" or len(named) == 1) and len({repr(given.get(k)) for given in alike}) > 1]
-            for name, alike in named.items()
-        }
+        self.varies: dict[str, list[str]] = {}  # by name, the parameters in which its points differ
+        for name, alike in named.items():
+            differ = [k for k in dict.fromkeys(k for given in alike for k in given) if len({repr(given.get(k)) for given in alike}) > 1]
+            self.varies[name] = [k for k in differ if k != "trained" or len(named) == 1]  # a long path
 
     def state(self, point: Point) -> str:
         """waiting, queued, running, done, failed, stopped or dead."""
@@ -48,7 +48,7 @@ class Board:
 
     def label(self, point: Point) -> str:
         """The point's name with the parameters that vary."""
-        return " ".join([point.name, *(f"{name}={point.given[name]}" for name in self.varies[point.name])])
+        return " ".join([point.name, *(f"{name}={point.given[name]}" for name in self.varies[point.name] if name in point.given)])
 
     def show(self) -> None:
         """Draw what changed."""
