@@ -86,7 +86,8 @@ class DiffusionLM(nn.Module):
         rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         for row, text in zip(rows, texts):
             if self.mask_id in row or self.tokenizer.unk_token_id in row:
-                raise ValueError(f"the tokenizer cannot write {text!r}: it holds the mask token or an unknown character")
+                why = "it holds the mask token or an unknown character (is the model one for this task?)"
+                raise ValueError(f"the tokenizer cannot write {text[:60]!r}: {why}")
         width = max(len(row) for row in rows)
         ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
         text = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
@@ -130,6 +131,8 @@ def load(name: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.f
     """
     name = find(name)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, and torch sees no GPU here: give cpu or auto")
     if (Path(name) / "adapter_config.json").is_file():
         from peft import PeftModel
 

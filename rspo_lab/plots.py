@@ -58,7 +58,7 @@ def learning_figure(arms: dict[str, list[pd.DataFrame]], problems: dict[str, int
             means = [seed.set_index("step").get("d_mean", pd.Series(dtype=float)) for seed in seeds]  # none if all groups were skipped
             d = pd.concat(means, axis=1).mean(axis=1).rename("d_mean").reset_index()
             _line(right, d, "d_mean", look["color"], label, smooth=True, linestyle=look["linestyle"])
-        left.set(xlabel="step", title="Held-out solve rate, greedy")
+        left.set(xlabel="step", title="Held-out solve rate, greedy", ylim=_within(left))
         right.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
         right.set(xlabel="step", title="Mean ELBO log-ratio on policy, nats")
         if max(map(abs, right.get_ylim())) > 5:  # one of them came apart
@@ -84,7 +84,7 @@ def arms_figure(arms: dict[str, list[pd.DataFrame]]) -> Figure:
                 axis.errorbar(spent[:, column], mean, [mean - low, high - mean], **look, label=label, elinewidth=0.5, capsize=1.5)
         for axis, label in zip(axes, ("step", "scoring forwards a completion", "seconds of updates")):
             axis.set_xlabel(label)
-        axes[0].set_title("Held-out solve rate, greedy")
+        axes[0].set(title="Held-out solve rate, greedy", ylim=_within(axes[0]))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
@@ -240,6 +240,12 @@ def _looks(n: int) -> list[dict]:
 
 def _rows_of_legend(arms) -> int:
     return (len(arms) + 1) // 2
+
+
+def _within(axis) -> tuple[float, float]:
+    """The axis' limits, within those of a rate: few seeds make whiskers beyond."""
+    low, high = axis.get_ylim()
+    return max(low, 0.0), min(high, 1.0)
 
 
 def _rate(rates: list[float], problems: int) -> tuple[float, float, float]:

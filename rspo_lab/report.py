@@ -204,13 +204,11 @@ def _learning(root: Path, entries: Sequence[Entry]) -> list[str]:
 def _noise(root: Path, entries: Sequence[Entry]) -> list[str]:
     """results.parquet, and tables and figure of the measurements of noise."""
     tidy, other = [], []
-    times = Counter(entry.label() for entry in entries)  # those that differ only in the run they measure are told apart by their key
     for entry in entries:
         if (entry.path / "results.parquet").is_file():
             frame = pd.read_parquet(entry.path / "results.parquet")
             if set(RESULTS) <= set(frame):
-                label = entry.label() if times[entry.label()] == 1 else f"{entry.label()} ({entry.path.name})"
-                tidy.append(frame.assign(policy=label)[RESULTS])
+                tidy.append(frame.assign(policy=entry.label())[RESULTS])
             else:
                 for i, k in enumerate(("name", "key", *entry.shown)):
                     value = {"name": entry.name, "key": entry.path.name}.get(k, entry.params.get(k))

@@ -122,7 +122,8 @@ def _value(parameter: Parameter, text: str) -> Any:
 def _points(name: str, run: Any, above: Mapping[str, Point], root: Path, scale: str) -> list[Point]:
     """The points of one entry of a study's file; `above` holds the first point of each run that it may name."""
     if not isinstance(run, dict) or not {"notebook"} <= set(run) <= _KEYS:
-        raise ValueError(f"it takes {', '.join(sorted(_KEYS))}, and a notebook at least")
+        odd = [str(key) for key in run if key not in _KEYS] if isinstance(run, dict) else []
+        raise ValueError(f"it takes {', '.join(sorted(_KEYS))}, and a notebook at least" + (f"; not {', '.join(odd)}" if odd else ""))
     notebook = NOTEBOOKS / str(run["notebook"])
     if not notebook.is_file():
         raise ValueError(f"there is no notebook {run['notebook']!r} in {NOTEBOOKS}")
@@ -158,7 +159,8 @@ def _combine(name, notebook, fixed, grid, root, **others) -> list[Point]:
         raise ParameterError(f"{both[0]} is given and in the grid: keep one")
     parameters, points = declared(notebook), []
     for values in itertools.product(*grid.values()):
-        given = {**fixed, **dict(zip(grid, values))}
+        given = {**fixed, **dict(zip(grid, values))}  # numbers such as 3e-4 are text to YAML
+        given = {k: coerce(parameters[k], v) if isinstance(v, str) and k in parameters else v for k, v in given.items()}
         path = run_path(notebook, complete(parameters, given), root, name)
         if path not in [point.path for point in points]:
             points.append(Point(name, notebook, given, path, **others))

@@ -205,6 +205,12 @@ def test_committed_studies_are_valid_and_say_what_they_cost(file, scale, tmp_pat
             TrainConfig(**complete(declared(point.notebook), point.given))
 
 
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    """YAML 1.1 takes 3e-4 for text."""
+    (tmp_path / "small.yaml").write_text(SHEET.replace("steps: 2,", "steps: 2, lr: 3e-4,"))
+    assert study.read_study(tmp_path / "small.yaml", tmp_path).points[0].given["lr"] == 3e-4
+
+
 def test_scales_differ_in_what_the_file_says(tmp_path):
     (tmp_path / "small.yaml").write_text(SHEET)
     cpu, gpu = (study.read_study(tmp_path / "small.yaml", tmp_path, scale) for scale in study.SCALES)
@@ -258,7 +264,7 @@ def test_a_page_without_common_views_or_with_seeds_of_a_measurement(finished, tm
     page = report.report(tmp_path)
     assert "m, seed = 1" in page.read_text() and not (tmp_path / "figures/efficiency.png").exists()
     policies = pd.read_parquet(tmp_path / "results.parquet")["policy"].unique()
-    assert set(policies) == {"m, seed = 0", "m, seed = 1 (1)", "m, seed = 1 (2)", "n"}
+    assert set(policies) == {*(f"m, seed = {min(i, 1)}, trained = run {i}" for i in range(3)), "n"}
 
 
 @pytest.mark.parametrize("change, said", [
