@@ -266,6 +266,8 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(plan(study, root, on))
         return 0
+    if args.scale == "gpu" and not (on.gpus or on.slurm):
+        raise UsageError("--scale gpu runs on GPUs: say how many points side by side, --gpus N")
     try:
         states = sweep(study, root, on)
     except RuntimeError as error:  # of sbatch or squeue

@@ -208,7 +208,6 @@ def _slurm(study: Study, left: list[Point], root: Path, on: Resources, board: Bo
     queue = _queue(set(known.values()))
     jobs = {point.path: known[key] for point in left if (key := _key(point)) in known and known[key] in queue}
     executor, own = _executor(root, on), {"requeue": True, "kill-on-invalid-dep": "yes"}
-    environment = {} if on.gpus else {"CUDA_VISIBLE_DEVICES": ""}
     own |= {"gpus-per-node": 1} if on.gpus else {}
     after = None
     for wave in study.waves:
@@ -216,7 +215,7 @@ def _slurm(study: Study, left: list[Point], root: Path, on: Resources, board: Bo
         if points:
             options = own | dict(on.slurm) | ({"dependency": f"afterany:{after}"} if after else {})
             executor.update_parameters(job_name=f"rspo-{root.name}", array_parallelism=on.slots, additional_parameters=options)
-            submitted = executor.submit_array([_job(point, root, on, environment) for point in points])
+            submitted = executor.submit_array([_job(point, root, on, _seen(on)) for point in points])
             jobs |= {point.path: job.job_id for point, job in zip(points, submitted)}
             write_json(root / JOBS, known | {_key(point): jobs[point.path] for point in left if point.path in jobs})
         waiting = sorted({jobs[point.path].split("_")[0] for point in wave if point.path in jobs})
@@ -238,6 +237,12 @@ def _slurm(study: Study, left: list[Point], root: Path, on: Resources, board: Bo
         board.show()
         if waiting:
             time.sleep(POLL_SLURM)
+
+
+def _seen(on: Resources) -> dict[str, str]:
+    """No GPU by accident on a node that shows its own to all: none unless one was asked for, and then those that Slurm gives."""
+    asked = on.gpus or any("gpu" in f"{key}={value}" for key, value in on.slurm)
+    return {} if asked else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _queue(ids: set[str]) -> dict[str, str]:

@@ -188,6 +188,18 @@ def test_what_to_sweep_is_checked(notebook, tmp_path, capsys):
     assert main(["report", str(tmp_path / "notebooks")]) == 2 and "there are no runs" in capsys.readouterr().err
 
 
+def test_slurm_shows_a_gpu_only_where_one_was_asked_for():
+    ways = {"jobs": 2}, {"gpus": 2}, {"slurm": ("gres=gpu:1",)}, {"slurm": ("qos=low",)}
+    seen = [module._seen(resources("slurm", **way)) for way in ways]
+    assert seen == [{"CUDA_VISIBLE_DEVICES": ""}, {}, {}, {"CUDA_VISIBLE_DEVICES": ""}]
+
+
+def test_a_gpu_scale_without_gpus_is_refused(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("title: t\nruns: {a: {notebook: 02_train.ipynb, gpu: {steps: 1}}}")
+    assert main(["sweep", str(tmp_path / "a.yaml"), "--scale", "gpu", "--runs", str(tmp_path / "runs")]) == 2
+    assert "--gpus N" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 def test_dry_run_lists_and_runs_nothing(notebook, tmp_path, capsys):
     assert main(["sweep", str(notebook), "--grid", "lam=1,2", "--dry-run"]) == 0
     said = capsys.readouterr().out
