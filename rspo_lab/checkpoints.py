@@ -13,13 +13,18 @@ import torch
 
 from rspo_lab.config import TrainConfig
 from rspo_lab.files import replacing
+from rspo_lab.world import World, parted, whole
+
+RECORDS = ("metrics", "sequences", "timing", "profile")  # the jsonl files of a run, a line a step or evaluation
 
 
-def save(config, folder: Path, step: int, parameters, optimizer) -> None:
-    """checkpoint.pt, whole or not at all."""
-    state = {"config": asdict(config), "step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}
-    with replacing(folder / "checkpoint.pt") as path:
-        torch.save(state, path)
+def save(config, folder: Path, step: int, parameters, optimizer, world: World) -> None:
+    """checkpoint.pt, whole or not at all, and the same from any number of processes."""
+    state = {"config": asdict(config), "step": step, "parameters": [whole(p.detach()) for p in parameters]}
+    state |= {"optimizer": whole(optimizer.state_dict())}
+    if world.rank == 0:
+        with replacing(folder / "checkpoint.pt") as path:
+            torch.save(state, path)
 
 
 def resume(config, folder: Path, parameters, optimizer) -> int:
@@ -27,25 +32,29 @@ def resume(config, folder: Path, parameters, optimizer) -> int:
     path = folder / "checkpoint.pt"
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True, map_location=parameters[0].device)
+    state = torch.load(path, weights_only=True, map_location="cpu")
     defaults = {f.name: f.default for f in fields(config)}  # a field that is younger than the checkpoint had its default
     differ = [k for k, v in asdict(config).items() if state["config"].get(k, defaults[k]) != v]
     if differ:
         raise ValueError(f"{path} was made with another {', '.join(differ)}: use another run folder")
     with torch.no_grad():
         for parameter, saved in zip(parameters, state["parameters"], strict=True):
-            parameter.copy_(saved)
+            parameter.copy_(parted(saved, parameter))
+    for i, parameter in enumerate(parameters):
+        moments = state["optimizer"]["state"].get(i, {})  # empty before the first update
+        moments |= {name: parted(t, parameter) for name, t in moments.items() if t.shape == parameter.shape}
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
 
 
 def save_snapshot(policy, folder: Path) -> None:
     """A policy as a Hugging Face folder that appears under its name only when complete."""
-    if folder.exists():
+    if policy.world.first(folder.exists):
         return
     partial = folder.with_suffix(".partial")
     policy.save(partial)
-    os.replace(partial, folder)
+    if policy.world.rank == 0:
+        os.replace(partial, folder)
 
 
 def append(path: Path, record: dict) -> None:
@@ -57,8 +66,15 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def keep_steps(path: Path, done: int) -> None:
-    """Drops what a killed run wrote after its checkpoint, and a half-written last line."""
+def kept(files: dict[str, Path], done: int) -> tuple[list[dict], list[dict]]:
+    """(metrics, profiles) of the finished steps; what a killed run wrote after its checkpoint is dropped from all files."""
+    for path in files.values():
+        _keep_steps(path, done)
+    return read(files["metrics"]), read(files["profile"])
+
+
+def _keep_steps(path: Path, done: int) -> None:
+    """Drops the steps after `done`, and a half-written last line."""
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)

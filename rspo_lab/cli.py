@@ -6,6 +6,7 @@ Nothing heavy is imported before the input is known to be good.
 
 import argparse
 import json
+import os
 import sys
 import time
 import traceback
@@ -168,6 +169,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from rspo_lab.training import TrainConfig, train
+    from rspo_lab.world import joined
 
     parameters = fields(TrainConfig)
     if args.list:
@@ -177,26 +179,28 @@ def _train(args: argparse.Namespace) -> int:
     params = complete(parameters, _values(parameters, args.given))
     config = TrainConfig(**params)
     run = open_run(args.run, params)
-    said = 0.0
+    rank, said = os.environ.get("RANK", "0"), 0.0
 
     def on_step(record: dict[str, Any]) -> None:
         nonlocal said
-        if "reward" in record and time.monotonic() - said >= 5:
+        if "reward" in record and rank == "0" and time.monotonic() - said >= 5:
             said = time.monotonic()
             print(f"step {record['step']}/{config.steps}  reward {record['reward']:.2f}", flush=True)
 
     try:
-        train(config, run, on_step=on_step)
+        with joined(config.device) as world:
+            train(config, run, on_step=on_step, world=world)
     except (Exception, KeyboardInterrupt) as error:
         message = f"{type(error).__name__}: {error}"
         try:
             run.fail(type(error).__name__, str(error))
-            (run.path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            (run.path / f"traceback{'' if rank == '0' else '-' + rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
         except OSError as other:
             message += f"; {run.path} cannot be written ({other.strerror}): mend that and run this again, it goes on from its checkpoint"
         return _complain(message, 130 if isinstance(error, KeyboardInterrupt) else 1)
     run.finish()
-    print(f"done: {run.path}")
+    if rank == "0":
+        print(f"done: {run.path}")
     return 0
 
 

@@ -30,6 +30,7 @@ def complete(
     rollout = generate(
         model.logits, prompt, prompt_valid, canvas=canvas, mask_id=model.mask_id, block=block or canvas.shape[1],
         steps=steps or canvas.shape[1], temperature=temperature, threshold=threshold, generator=generator,
+        world=model.world,
     )  # fmt: skip
     valid = valid_until_end(rollout.completion, model.tokenizer.eos_token_id) & (canvas == model.mask_id)
     return Batch(prompt, prompt_valid, rollout.completion, valid), rollout
@@ -52,8 +53,9 @@ def texts(model: DiffusionLM, completion: torch.Tensor, style: str) -> list[str]
 
 
 def rewards(model: DiffusionLM, task: ModuleType, examples: list, completion: torch.Tensor, *, style: str) -> list[float]:
-    """Strict rewards of completions, one an example."""
-    return [task.reward(text, e, protocol="strict", style=style) for text, e in zip(model.decode(completion), examples)]
+    """Strict rewards of completions, one an example.  Of several processes the first judges: a limit of time may be met in one only."""
+    decoded = model.decode(completion)
+    return model.world.first(lambda: [task.reward(text, e, protocol="strict", style=style) for text, e in zip(decoded, examples)])
 
 
 def solve_rate(

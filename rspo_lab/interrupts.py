@@ -43,3 +43,16 @@ def children(stderr: Path) -> Iterator[None]:
         os.dup2(own, 2)
         os.close(own)
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def noted(*signals: int) -> Iterator[list[int]]:
+    """While active (in the main thread) these signals are put down in a list instead of ending the process."""
+    received, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in signals}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -18,6 +18,7 @@ from rspo_lab.architectures import LladaConfig, LladaForMaskedLM, read_config
 from rspo_lab.batch import Batch
 from rspo_lab.head import head_logits, token_logp
 from rspo_lab.tokenizer import char_tokenizer, read_tokenizer
+from rspo_lab.world import ALONE, whole
 
 if not sys.stderr.isatty():  # bars only where somebody watches them move
     hf_logging.disable_progress_bar()
@@ -42,6 +43,7 @@ class DiffusionLM(nn.Module):
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer needs a mask token and a pad token: set tokenizer.mask_token and .pad_token")
         self.hf, self.tokenizer, self.mask_id = hf, tokenizer, tokenizer.mask_token_id
+        self.world = ALONE  # in a world of several processes each call of `forward` shares out its rows
         banned = torch.ones(hf.config.vocab_size, dtype=torch.bool)
         banned[list(tokenizer.get_vocab().values())] = False
         banned[self.mask_id] = True
@@ -58,14 +60,16 @@ class DiffusionLM(nn.Module):
 
     def forward(self, batch: Batch, hidden: Bool[Tensor, "B L"]) -> Float[Tensor, "B L"]:
         """log q(y_i | x, y without the hidden tokens) at the hidden positions, 0 elsewhere."""
+        mine, rows = self.world.share(len(batch)), len(batch)
+        batch, hidden = batch.rows(mine), hidden[mine]
         ids = torch.cat([batch.prompt, batch.completion.masked_fill(hidden, self.mask_id)], 1)
         states = self._states(ids, batch.prompt_valid)[:, batch.prompt.shape[1] :]
         logp = token_logp(states[hidden], self._base.lm_head.weight, batch.completion[hidden], self.banned)
-        return logp.new_zeros(hidden.shape).masked_scatter(hidden, logp)
+        return self.world.gather(logp.new_zeros(hidden.shape).masked_scatter(hidden, logp), rows)
 
     @torch.no_grad()
     def logits(self, ids: Int[Tensor, "B S"], prompt_valid: Bool[Tensor, "B P"], start: int, stop: int) -> Float[Tensor, "B n V"]:
-        """Logits of positions start..stop given all of `ids`; -inf where an id stands for no text."""
+        """Logits of positions start..stop given all of `ids`, each process its own; -inf where an id stands for no text."""
         return head_logits(self._states(ids, prompt_valid)[:, start:stop], self._base.lm_head.weight, self.banned)
 
     def _states(self, ids, prompt_valid):
@@ -112,10 +116,14 @@ class DiffusionLM(nn.Module):
         `original_names` writes a LLaDA's tensors under LLaDA's names instead of Llama's, which its own code reads once its
         own config.json takes the place of ours; `load` reads both.  The other models' names are their original ones.
         """
-        if self.adapted:
-            self.hf.save_pretrained(folder, save_embedding_layers=False)  # adapters never hold them; "auto" would ask the hub
+        wanted = {name: t for name, t in self.hf.state_dict().items() if "lora_" in name or not self.adapted}
+        state = whole(wanted)  # under FSDP2 all processes bring their parts together, and the first one writes
+        if self.world.rank:
+            return
+        if self.adapted:  # adapters never hold embeddings; "auto" would ask the hub
+            self.hf.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         else:
-            self.hf.save_pretrained(folder, save_original_format=original_names)
+            self.hf.save_pretrained(folder, state_dict=state, save_original_format=original_names)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -199,6 +207,16 @@ def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: 
         torch.default_generator.manual_seed(seed)
         model.hf = get_peft_model(model.hf, lora)
     model.to(model.device)
+
+
+def shard(model: DiffusionLM) -> None:
+    """Spreads the weights over the processes of a world, layer by layer (FSDP2); then only `forward` and `logits` may be called."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for layer in model._base.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "logits")
 
 
 def reference_of(model: DiffusionLM):

@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rspo_lab.head import CHUNK
+from rspo_lab.world import ALONE, World
+
 # logits(ids, prompt_valid, start, stop) -> (B, stop - start, V): next-token logits of positions start..stop of `ids` (B, P+L)
 Logits = Callable[[Tensor, Tensor, int, int], Tensor]
 
@@ -34,6 +37,7 @@ def generate(
     temperature: float,
     generator: torch.Generator,
     threshold: float = 1.0,
+    world: World = ALONE,
 ) -> Rollout:
     """Low-confidence remasking in blocks.  (LLaDA, arXiv:2502.09992, Alg. 5; the schedule of its released sampler)
 
@@ -47,37 +51,43 @@ def generate(
     stand equal share a forward, and a row whose block is full costs none.
 
     The draw is by inverse CDF with one uniform number a position: the law of the published Gumbel arg max at 1/V of its
-    random numbers, and the same numbers on every device.  Logits of -inf are never drawn.
+    random numbers, and the same numbers on every device.  Logits of -inf are never drawn.  Each process of `world` decodes its
+    share of the rows with the numbers that they have in one process, and all get all of them.
     """
     (rows, length), width = canvas.shape, prompt.shape[1]
     blocks, per_block = _schedule(length, block, steps, temperature)
-    ids = torch.cat([prompt, canvas], 1)
+    mine = world.share(rows)
+    prompt_valid, canvas = prompt_valid[mine], canvas[mine]
+    ids = torch.cat([prompt[mine], canvas], 1)
     unmasked_at = torch.full_like(canvas, -1)
-    confidence = torch.ones(rows, length, device=canvas.device)
-    forwards = torch.zeros(rows, dtype=torch.long, device=canvas.device)
+    confidence = torch.ones(canvas.shape, device=canvas.device)
+    forwards = torch.zeros(len(canvas), dtype=torch.long, device=canvas.device)
     for b in range(blocks):
         here, start = slice(b * block, (b + 1) * block), width + b * block
         masked = canvas[:, here] == mask_id
         to_write = masked.sum(1, keepdim=True)
         for n in range(per_block):
-            uniform = torch.rand(rows, block, generator=generator, dtype=torch.float64).to(canvas.device)
+            uniform = torch.rand(rows, block, generator=generator, dtype=torch.float64)[mine].to(canvas.device)
             open_rows = masked.any(1).nonzero()[:, 0]
-            if not len(open_rows):
+            if not world.any(len(open_rows) > 0):
                 break
+            if not len(open_rows):  # others go on, and with sharded weights they need this process in every forward
+                if world.sharded:
+                    logits(ids[:1], prompt_valid[:1], start, start + block)
+                continue
             most = (to_write // per_block + (n < to_write % per_block))[open_rows]
             states, which = torch.cat([ids[open_rows], prompt_valid[open_rows]], 1).unique(dim=0, return_inverse=True)
-            block_logits = logits(states[:, : width + length], states[:, width + length :].bool(), start, start + block)[which].float()
-            token = _draw(block_logits, uniform[open_rows], temperature)
-            prob = block_logits.softmax(-1).gather(-1, token[..., None])[..., 0]
+            block_logits = logits(states[:, : width + length], states[:, width + length :].bool(), start, start + block)
             left = masked[open_rows]
-            rank = prob.masked_fill(~left, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+            token, prob = _draw_where(left, block_logits, which, uniform[open_rows], temperature)
+            rank = prob.argsort(dim=-1, descending=True, stable=True).argsort(-1)
             keep = left & ((rank < most) | (prob > threshold))
             ids[open_rows, start : start + block] = token.where(keep, ids[open_rows, start : start + block])
             unmasked_at[open_rows, here] = unmasked_at[open_rows, here].masked_fill(keep, b * per_block + n)
             confidence[open_rows, here] = prob.where(keep, confidence[open_rows, here])
             masked[open_rows] = left & ~keep
             forwards[open_rows] += 1
-    return Rollout(ids[:, width:], unmasked_at, confidence, forwards)
+    return Rollout(*(world.gather(mine, rows) for mine in (ids[:, width:], unmasked_at, confidence, forwards)))
 
 
 def _schedule(length, block, steps, temperature) -> tuple[int, int]:
@@ -92,9 +102,26 @@ def _schedule(length, block, steps, temperature) -> tuple[int, int]:
     return blocks, steps // blocks
 
 
-def _draw(logits: Float[Tensor, "B n V"], uniform: Float[Tensor, "B n"], temperature: float) -> Int[Tensor, "B n"]:
-    """One token a position from softmax(logits / temperature), as the first whose cumulated probability exceeds `uniform`."""
+def _draw_where(
+    left: Bool[Tensor, "B n"], logits: Float[Tensor, "U n V"], which: Int[Tensor, " B"], uniform: Float[Tensor, "B n"], temperature: float
+) -> tuple[Int[Tensor, "B n"], Float[Tensor, "B n"]]:  # fmt: skip
+    """(a token, its untempered probability) where `left`; (0, -1) elsewhere.  Row b's logits are logits[which[b]].
+
+    At most `head.CHUNK` probabilities are held at a time.
+    """
+    row, place = left.nonzero(as_tuple=True)
+    token, prob = [], []
+    for r, i in zip(*(index.split(max(1, CHUNK // logits.shape[-1])) for index in (row, place))):
+        some = logits[which[r], i].float()
+        token.append(_draw(some, uniform[r, i], temperature))
+        prob.append(some.softmax(-1).gather(-1, token[-1][:, None])[:, 0])
+    tokens = torch.zeros_like(left, dtype=torch.long).masked_scatter(left, torch.cat(token))
+    return tokens, torch.full_like(uniform, -1, dtype=torch.float32).masked_scatter(left, torch.cat(prob))
+
+
+def _draw(logits: Float[Tensor, "n V"], uniform: Float[Tensor, " n"], temperature: float) -> Int[Tensor, " n"]:
+    """One token a row from softmax(logits / temperature), as the first whose cumulated probability exceeds `uniform`."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulated = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(cumulated, (uniform * cumulated[..., -1])[..., None], right=True)[..., 0]
+    return torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None], right=True)[:, 0]

@@ -6,7 +6,6 @@ Shapes: B = prompts x group completions a step (group-major), R replicates of th
 import math
 import resource
 import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,19 +16,21 @@ import torch
 from rspo_lab import objectives
 from rspo_lab.advantages import ADVANTAGES, uninformative
 from rspo_lab.batch import Batch
-from rspo_lab.checkpoints import append, keep_steps, read, resume, save, save_snapshot, saved_policy, trained_run
+from rspo_lab.checkpoints import RECORDS, append, kept, resume, save, save_snapshot, saved_policy, trained_run
 from rspo_lab.config import TrainConfig
 from rspo_lab.diagnostics import gap_summary
 from rspo_lab.estimators import elbo_draws
 from rspo_lab.evaluation import complete, rewards, solve_rate
 from rspo_lab.files import write_json
+from rspo_lab.interrupts import noted
 from rspo_lab.keys import generator
 from rspo_lab.masks import design as design_named
-from rspo_lab.model import DiffusionLM, add_lora, load, reference_of
+from rspo_lab.model import DiffusionLM, add_lora, load, reference_of, shard
 from rspo_lab.scores import accumulate_gradient, design_chooser, scorings
 from rspo_lab.tasks import task as task_named
 from rspo_lab.tracking import tracking
 from rspo_lab.views import CountProfile, count_profile
+from rspo_lab.world import ALONE, World, whole
 
 
 class Diverged(RuntimeError):
@@ -46,34 +47,37 @@ def train(
     *,
     on_step: Callable[[dict], None] = lambda record: None,
     should_stop: Callable[[], bool] = lambda: False,
+    world: World = ALONE,
 ) -> list[dict]:
     """Trains to `config.steps`, going on from the run's checkpoint if there is one; returns the records of metrics.jsonl.
 
     `run` has a `path` (a folder, which gets metrics, sequences, timing and profile.jsonl, checkpoint.pt and snapshots/),
     `progress(done, total, note)` and a `stopped` flag, set when `should_stop` ended the run early.  Equal config and
-    threads give equal bits on a CPU, through any number of kills and resumes; timing.jsonl alone differs.
+    threads give equal bits on a CPU, through any number of kills and resumes; timing.jsonl alone differs.  All processes of `world`
+    call this with the same config; their number changes the result by rounding only, also from one resume to the next, and
+    the first writes the files.
 
     Raises ValueError for a checkpoint of another config, Diverged for a loss that is not finite, Preempted on SIGTERM or
     SIGUSR2 (once the step in hand is saved).
     """
     run.stopped = False
-    policy, reference = _policies(config)
+    policy, reference = _policies(config, world)
     device = policy.device
     task = task_named(config.task)
     problems, held_out = _problems(config, task)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    files = [run.path / "metrics.jsonl", run.path / "sequences.jsonl", run.path / "timing.jsonl", run.path / "profile.jsonl"]
+    files = {name: run.path / f"{name}.jsonl" for name in RECORDS}
     done = resume(config, run.path, parameters, optimizer)
-    write_json(run.path / "config.json", asdict(config))
-    for file in files:
-        keep_steps(file, done)
-    history, profiles = read(files[0]), read(files[3])
+    log = append if world.rank == 0 else lambda path, record: None
+    if world.rank == 0:
+        write_json(run.path / "config.json", asdict(config))
+    history, profiles = world.first(lambda: kept(files, done))
     if done == 0:
         history.append({"step": 0, "eval_solve_rate": _evaluate(config, policy, task, held_out)})
-        append(files[0], history[-1])
+        log(files["metrics"], history[-1])
     on_step(history[-1])
-    with tracking(config, run.path) as track, _signals() as received:
+    with tracking(config, run.path) as track, noted(signal.SIGTERM, signal.SIGUSR2) as signals:
         track(history[-1])
         for step in range(done + 1, config.steps + 1):
             began = time.perf_counter()
@@ -88,23 +92,24 @@ def train(
             if step % config.eval_every == 0 or step == config.steps:
                 if config.design == "auto" and len(rollouts.batch):
                     profiles.append({"step": step} | asdict(_profile(config, policy, reference, rollouts, step)))
-                    append(files[3], profiles[-1])
+                    log(files["profile"], profiles[-1])
                 record["eval_solve_rate"] = _evaluate(config, policy, task, held_out)
                 pairs = {"d": d.tolist(), "advantage": rollouts.advantage.tolist(), "reward": rollouts.reward.tolist()}
-                append(files[1], {"step": step} | pairs)
-            append(files[0], record)
-            append(files[2], timing)
+                log(files["sequences"], {"step": step} | pairs)
+            log(files["metrics"], record)
+            log(files["timing"], timing)
             history.append(record)
             if step in config.snapshot_steps:
                 save_snapshot(policy, run.path / "snapshots" / f"{step:06d}")
-            stopping = should_stop()
-            if step % config.checkpoint_every == 0 or step == config.steps or stopping or received:
-                save(config, run.path, step, parameters, optimizer)
-            run.progress(step, config.steps, f"reward {record['reward']:.2f}")
             on_step(record)
             track(record)
+            stopping, received = world.any(should_stop()), world.any(bool(signals))
+            if step % config.checkpoint_every == 0 or step == config.steps or stopping or received:
+                save(config, run.path, step, parameters, optimizer, world)
+            run.progress(step, config.steps, f"reward {record['reward']:.2f}")
             if received:
-                raise Preempted(f"{signal.Signals(received[0]).name} after step {step}, which is saved: run again to go on from there")
+                name = signal.Signals(signals[0]).name if signals else "a signal to another process"
+                raise Preempted(f"{name} after step {step}, which is saved: run again to go on from there")
             if stopping and step < config.steps:
                 run.stopped = True
                 break
@@ -208,7 +213,8 @@ def _update(config, policy, optimizer, parameters, rollouts, step, scoring):
         return recipe(config, draws[:, which] * unit, scoring.baseline_of(draws)[:, which] * unit, weight)
 
     loss, score = accumulate_gradient(policy, distinct, masks, loss_of, config.slice_size)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+    policy.world.sum_gradients(parameters)
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)).item()
     if not (math.isfinite(loss.value.item()) and math.isfinite(norm)):
         raise Diverged(
             f"step {step}: loss {loss.value.item()}, gradient norm {norm}; checkpoint.pt holds the last good step: lower lr or raise lam"
@@ -226,13 +232,28 @@ def _update(config, policy, optimizer, parameters, rollouts, step, scoring):
     return record, d.mean(0)
 
 
-def _policies(config):
+def _policies(config, world=ALONE):
     """(trainable policy, frozen reference); global randomness is left alone."""
-    policy = load(config.model, device=config.device, dtype=getattr(torch, config.dtype))
-    if config.lora == "none":
+
+    def loaded():
+        model = load(config.model, device=config.device, dtype=getattr(torch, config.dtype))
+        model.world = world
+        return model
+
+    policy = loaded()
+    if policy.adapted:
+        how = "m = load(folder); m.hf = m.hf.merge_and_unload(); m.save(other)"
+        raise ValueError(f"{config.model} is a LoRA adapter, and the reference would be the base without it: merge them first ({how})")
+    if config.lora != "none":
+        add_lora(policy, config.lora, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+    if not world.sharded:
         return policy, reference_of(policy)
-    add_lora(policy, config.lora, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
-    return policy, reference_of(policy)
+    shard(policy)
+    if policy.adapted:
+        return policy, reference_of(policy)
+    frozen = loaded().requires_grad_(False)  # a copy of its own, read again: there may be no room for two before they are parted
+    shard(frozen)
+    return policy, torch.no_grad()(frozen)
 
 
 def _problems(config, task):
@@ -264,18 +285,3 @@ def _peak_gib(device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class _signals:
-    """While active (in the main thread), SIGTERM and SIGUSR2 are collected instead of ending the process."""
-
-    def __enter__(self) -> list[int]:
-        self.received, self.before = [], {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR2):
-                self.before[number] = signal.signal(number, lambda n, frame: self.received.append(n))
-        return self.received
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

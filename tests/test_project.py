@@ -10,7 +10,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 LEVELS = [  # a file imports only from the levels before its own, or from files before it in its level
     {"batch", "keys", "files", "interrupts", "tracking", "masks", "advantages", "objectives", "diagnostics", "tasks", "style"},
-    {"architectures", "tokenizer", "head"},
+    {"architectures", "tokenizer", "head", "world"},
     {"parameters", "provenance", "estimators", "oracle", "rollout", "plots", "noise_plots", "explore_plots", "grading", "runs", "views"},
     {"model", "evaluation", "notebook"},
     {"config", "benchmark", "base_model", "checkpoints", "scores", "training"},
