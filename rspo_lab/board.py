@@ -1,15 +1,20 @@
-"""The table of a sweep's points while it runs: on a terminal redrawn in place, elsewhere a line for what changed."""
+"""Tables of runs: a sweep's points while it runs (on a terminal redrawn in place, elsewhere a line for what changed), and any folder's."""
 
+import json
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rspo_lab.files import read_json
 from rspo_lab.runs import alive
 from rspo_lab.study import Point
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 EVERY = 5.0  # seconds between the progress lines of a point where there is no terminal
 REDRAW = 0.5  # seconds between drawings on one
@@ -98,3 +103,20 @@ class Board:
         sys.stdout.write(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[0J")
         sys.stdout.flush()
         self.lines, self.drawn = len(lines), time.monotonic()
+
+
+def table(frame: "DataFrame") -> str:
+    """Runs (of `runs.load_runs`) as columns of text: the parameters shown are those that differ between runs of one name."""
+    own = ["name", "key", "state", "progress"]
+    params = [column for column in frame if column not in [*own, "error", "path"]]
+    vary = [p for p in params if frame[p].map(repr).groupby(frame["name"]).nunique().max() > 1]
+    columns = [*own, *vary, "error"]
+    rows = [columns, *([_cell(row[column]) for column in columns] for _, row in frame.iterrows())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if value != value else f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)

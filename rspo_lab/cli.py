@@ -13,13 +13,10 @@ import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from rspo_lab.parameters import Parameter, ParameterError, coerce, complete, declared, fields, unknown
 from rspo_lab.runs import RunError, load_runs, open_run, runs_root
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 
 class UsageError(ValueError):
@@ -59,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train without a notebook; under torchrun or accelerate launch too")
     train.set_defaults(command=_train)
     train.add_argument("--run", type=Path, metavar="DIR", help="the run's folder")
+    train.add_argument("--study", nargs=2, metavar=("FILE", "RUN"), help="parameters of a study's run, at its GPU scale; -p wins")
     _add_parameters(train)
 
     grade = commands.add_parser("grade", help="score a file of completions")
@@ -176,7 +174,8 @@ def _train(args: argparse.Namespace) -> int:
         return _list(parameters)
     if args.run is None:
         raise UsageError("name the run's folder: --run DIR")
-    params = complete(parameters, _values(parameters, args.given))
+    given = _values(parameters, args.given)
+    params = complete(parameters, _run_of_study(*args.study) | given if args.study else given)
     config = TrainConfig(**params)
     run = open_run(args.run, params)
     rank, said = os.environ.get("RANK", "0"), 0.0
@@ -204,6 +203,18 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_of_study(file: str, name: str) -> dict[str, Any]:
+    """The parameters of one run of a study, as its notebook would have them on a GPU."""
+    from rspo_lab.study import read_study
+
+    points = read_study(Path(file), Path("runs"), "gpu").points
+    found = [point for point in points if point.name == name and point.notebook.name == "02_train.ipynb"]
+    if len(found) != 1:
+        trains = sorted({point.name for point in points if point.notebook.name == "02_train.ipynb"})
+        raise UsageError(f"{file} has {len(found)} points {name!r} of notebook 02_train, not one; it trains {', '.join(trains)}")
+    return complete(declared(found[0].notebook), found[0].given)
+
+
 def _grade(args: argparse.Namespace) -> int:
     from rspo_lab.grading import grade
 
@@ -223,26 +234,11 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _runs(args: argparse.Namespace) -> int:
+    from rspo_lab.board import table
+
     frame = load_runs(args.folder)
-    print(_table(frame) if len(frame) else f"no runs in {args.folder}")
+    print(table(frame) if len(frame) else f"no runs in {args.folder}")
     return 0
-
-
-def _table(frame: "DataFrame") -> str:
-    """Columns of text: the parameters shown are those that differ between runs of one name."""
-    own = ["name", "key", "state", "progress"]
-    params = [column for column in frame if column not in [*own, "error", "path"]]
-    vary = [p for p in params if frame[p].map(repr).groupby(frame["name"]).nunique().max() > 1]
-    columns = [*own, *vary, "error"]
-    rows = [columns, *([_cell(row[column]) for column in columns] for _, row in frame.iterrows())]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "-" if value != value else f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -270,8 +266,9 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(plan(study, root, on))
         return 0
-    if args.scale == "gpu" and not (on.gpus or on.slurm):
-        raise UsageError("--scale gpu runs on GPUs: say how many points side by side, --gpus N")
+    asked = args.scale == "gpu" or any(str(point.given.get("device")).startswith("cuda") for point in study.points)
+    if asked and not (on.gpus or on.slurm):
+        raise UsageError(f"{args.target.name} asks for GPUs: say how many points side by side, --gpus N")
     try:
         states = sweep(study, root, on)
     except RuntimeError as error:  # of sbatch or squeue

@@ -27,6 +27,7 @@ class TrainConfig:
     model: str  # local folder or hub name of the base, which is also the frozen reference
     task: str
     data: str = ""  # a local file in the task's public format; "" is the task's own training split
+    eval_data: str = ""  # the same, of held-out problems; "" is the task's test split
     style: str = "compact"  # prompt style: compact (tiny models) or d1
     seed: int = 0
     steps: int = 120
@@ -62,9 +63,10 @@ class TrainConfig:
     eval_problems: int = 192  # Countdown has 196
     checkpoint_every: int = 10
     snapshots: int = 4  # evenly spaced saved policies, the last one final
-    slice_size: int = 512  # masked sequences a forward; more views than this cost one more forward each, not more memory
+    slice_size: int = 512  # masked sequences a forward, of all processes; more views than this cost one more forward each, not more memory
     device: str = "auto"  # cuda, else cpu
     dtype: str = "float32"
+    attention: str = "sdpa"  # an implementation that transformers knows: sdpa, eager, flash_attention_2 ...
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -96,8 +98,9 @@ class TrainConfig:
         if not hasattr(task_named(self.task), "COMPACT_LENGTH"):
             in_words(self.style, self.task)
         find(self.model)
-        if self.data and not Path(self.data).is_file():
-            raise FileNotFoundError(f"no file of problems at data = {self.data}: give a path from here ({Path.cwd()}) or a full one")
+        for name in ("data", "eval_data"):
+            if (file := getattr(self, name)) and not Path(file).is_file():
+                raise FileNotFoundError(f"no file of problems at {name} = {file}: give a path from here ({Path.cwd()}) or a full one")
 
     def scope_of(self, d: torch.Tensor) -> torch.Tensor | str:
         """`scope` as the objective takes it, for draws (R, B) of group-major rows."""

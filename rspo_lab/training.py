@@ -170,8 +170,7 @@ def saved(trained: Path, step: int, **changes) -> tuple[TrainConfig, int, Diffus
     """(config with changes, step, policy, reference) of a training run's policy of that step; step 0 is the last one."""
     config, policies = trained_run(trained)
     step, folder = saved_policy(policies, step)
-    placed = {"device": config.device, "dtype": getattr(torch, config.dtype)}
-    return replace(config, **changes), step, load(folder, **placed), reference_of(load(config.model, **placed))
+    return replace(config, **changes), step, _load(config, folder), reference_of(_load(config, config.model))
 
 
 def held_still(config: TrainConfig, policy: DiffusionLM, *, prompts: int, group: int, seed: int) -> Rollouts:
@@ -236,7 +235,7 @@ def _policies(config, world=ALONE):
     """(trainable policy, frozen reference); global randomness is left alone."""
 
     def loaded():
-        model = load(config.model, device=config.device, dtype=getattr(torch, config.dtype))
+        model = _load(config, config.model)
         model.world = world
         return model
 
@@ -256,15 +255,21 @@ def _policies(config, world=ALONE):
     return policy, torch.no_grad()(frozen)
 
 
+def _load(config, name):
+    return load(name, device=config.device, dtype=getattr(torch, config.dtype), attention=config.attention)
+
+
 def _problems(config, task):
-    """(training, held-out) problems; a `data` file takes the place of the former and may not hold any of the latter."""
-    held_out = task.examples("test", config.eval_problems, seed=0)
-    if not config.data:
-        return task.examples("train", task.TRAIN_PROBLEMS, seed=config.seed), held_out
-    seen = {task.split_key(e) for e in held_out}
-    problems = [e for e in task.read(config.data) if task.split_key(e) not in seen]
+    """(training, held-out) problems; a `data` file takes the place of the former, and what is held out is dropped from it."""
+    n = config.eval_problems
+    held_out = task.read(config.eval_data, n) if config.eval_data else task.examples("test", n, seed=0)
+    problems = task.read(config.data) if config.data else task.examples("train", task.TRAIN_PROBLEMS, seed=config.seed)
+    if config.data or config.eval_data:  # a task's own splits share nothing
+        seen = {task.split_key(e) for e in held_out}
+        problems = [e for e in problems if task.split_key(e) not in seen]
     if len(problems) < config.prompts:
-        raise ValueError(f"{config.data} holds {len(problems)} problems that are not held out, fewer than prompts = {config.prompts}")
+        where = config.data or f"the training split of {config.task}"
+        raise ValueError(f"{where} holds {len(problems)} problems that are not held out, fewer than prompts = {config.prompts}")
     return problems, held_out
 
 

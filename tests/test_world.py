@@ -30,7 +30,8 @@ def config(**changes):
 
 def launch(way, folder, config):
     """`train` in two processes, as a user starts it."""
-    given = [word for f in dataclasses.fields(config) for word in ("-p", f.name, str(getattr(config, f.name))) if str(getattr(config, f.name))]
+    values = {name: str(value) for name, value in dataclasses.asdict(config).items() if value != ""}
+    given = [word for name, value in values.items() for word in ("-p", name, value)]
     command = [*LAUNCH, *WAYS[way], "-m", "rspo_lab.cli", "train", "--run", str(folder), *given]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
