@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rspo_lab.head import CHUNK
 from rspo_lab.world import ALONE, World
 
+# Probabilities held at a time: on a CPU so few that they stay in its caches, else so many that launching pieces costs nothing.
+CPU_CHUNK, CHUNK = 2**20, 2**26
 # logits(ids, prompt_valid, start, stop) -> (B, stop - start, V): next-token logits of positions start..stop of `ids` (B, P+L)
 Logits = Callable[[Tensor, Tensor, int, int], Tensor]
 
@@ -107,11 +108,11 @@ def _draw_where(
 ) -> tuple[Int[Tensor, "B n"], Float[Tensor, "B n"]]:  # fmt: skip
     """(a token, its untempered probability) where `left`; (0, -1) elsewhere.  Row b's logits are logits[which[b]].
 
-    At most `head.CHUNK` probabilities are held at a time.
+    At most a chunk of probabilities is held at a time.
     """
-    row, place = left.nonzero(as_tuple=True)
+    chunk = CPU_CHUNK if left.device.type == "cpu" else CHUNK
     token, prob = [], []
-    for r, i in zip(*(index.split(max(1, CHUNK // logits.shape[-1])) for index in (row, place))):
+    for r, i in (piece.unbind(1) for piece in left.nonzero().split(max(1, chunk // logits.shape[-1]))):
         some = logits[which[r], i].float()
         token.append(_draw(some, uniform[r, i], temperature))
         prob.append(some.softmax(-1).gather(-1, token[-1][:, None])[:, 0])
