@@ -110,7 +110,7 @@ def clones(tmp_path, monkeypatch):
     file(folder / "main/test-00000-of-00001.parquet", [{"question": "other", "answer": "#### -7"}])
     for name, split in (("HuggingFaceH4/MATH-500", "test"), ("ankner/math-500", "train")):
         (tmp_path / name).mkdir(parents=True)
-        file(tmp_path / name / f"{split}.jsonl", MATH_ROWS)
+        file(tmp_path / name / f"{split}.jsonl", [*MATH_ROWS, MATH_ROWS[0] | {"answer": "", "solution": "\\boxed{}"}])
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 

@@ -1,15 +1,18 @@
 """Rows of public benchmarks: from the Hugging Face hub by `datasets`, or from a local csv, jsonl or parquet file of the same columns."""
 
 import csv
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rspo_lab.tasks.lines import objects
 
 
-def download(name: str, config: str | None, split: str, n: int, *, seed: int) -> list[tuple[str, dict]]:
-    """n rows of a hub data set in the order of a seed, each with where it stands; a longer list starts with the shorter one.
+def download(
+    name: str, config: str | None, split: str, n: int, *, seed: int, keep: Callable[[dict], bool] = lambda row: True
+) -> list[tuple[str, dict]]:  # fmt: skip
+    """n of the rows to keep of a hub data set in the order of a seed, each with where it stands; a longer list starts with the shorter one.
 
     A folder ./<name> with the data set's files goes before the hub.  ValueError if the split has fewer than n; ConnectionError
     that names the mend where the hub is out of reach and the data set is not in its cache.
@@ -23,11 +26,12 @@ def download(name: str, config: str | None, split: str, n: int, *, seed: int) ->
             f"cannot load {name} ({' '.join(str(error).split())[:120]}): without a network put its files at ./{name} "
             f"(where there is one: `hf download {name} --repo-type dataset --local-dir {name}`), or give a file of such rows as the data"
         ) from error
-    if not 0 <= n <= len(rows):
-        raise ValueError(f"asked for {n} of {name} {split}; the maximum is {len(rows)}")
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    return [(f"{name}/{split}:{i}", rows[i]) for i in order[:n]]
+    found = list(itertools.islice(((f"{name}/{split}:{i}", rows[i]) for i in order if keep(rows[i])), max(n, 0)))
+    if len(found) != n:
+        raise ValueError(f"asked for {n} of {name} {split}; the maximum is {len(found)}")
+    return found
 
 
 def rows(path: str | Path) -> Iterator[tuple[str, dict]]:

@@ -31,9 +31,11 @@ class Example:
 def examples(split: str, n: int, *, seed: int) -> list[Example]:
     """n problems of HuggingFaceH4/MATH-500 (test) or ankner/math-500 (train), from the hub or its cache, in the order of the seed.
 
-    ValueError for another split, or if it has fewer than n; ConnectionError if the hub is out of reach.
+    Problems whose box is empty (two of MATH) are left out.  ValueError for another split, or if it has fewer than n; ConnectionError
+    if the hub is out of reach.
     """
-    return _examples(download(*HUB[one_of(split, ("train", "test"), "split")], split, n, seed=seed))
+    name, config = HUB[one_of(split, ("train", "test"), "split")]
+    return _examples(download(name, config, split, n, seed=seed, keep=lambda row: bool(_answer(row, name).strip())))
 
 
 def read(path: str | Path, n: int | None = None) -> list[Example]:
@@ -45,18 +47,18 @@ def read(path: str | Path, n: int | None = None) -> list[Example]:
 
 
 def _examples(table: Iterable[tuple[str, dict]]) -> list[Example]:
-    return [Example(where, field(row, "problem", str, where), _answer(row, where)) for where, row in table]
+    found = [Example(where, field(row, "problem", str, where), _answer(row, where)) for where, row in table]
+    for e in found:
+        if not e.answer.strip():
+            raise ValueError(f"{e.id}: no answer; write it in `answer`, or in the last \\boxed of `solution`, or drop the row")
+    return found
 
 
 def _answer(row: dict, where: str) -> str:
     if row.get("answer") is not None or "solution" not in row:
-        answer = field(row, "answer", str, where)
-    else:
-        solution = field(row, "solution", str, where)
-        answer = (math_d1.boxed(solution) or "") if "\\boxed" in solution else ""
-    if not answer.strip():
-        raise ValueError(f"{where}: no answer; write it in `answer`, or in the last \\boxed of `solution`, or drop the row")
-    return answer
+        return field(row, "answer", str, where)
+    solution = field(row, "solution", str, where)
+    return (math_d1.boxed(solution) or "") if "\\boxed" in solution else ""
 
 
 def prompt(example: Example, style: str) -> str:
