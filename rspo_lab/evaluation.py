@@ -3,19 +3,18 @@
 Shapes: B sequences, L completion tokens.
 """
 
-from types import ModuleType
-
 import torch
 
 from rspo_lab.batch import Batch, valid_until_end
 from rspo_lab.keys import generator
 from rspo_lab.model import DiffusionLM
 from rspo_lab.rollout import Rollout, generate
+from rspo_lab.tasks import Task
 from rspo_lab.tasks.verdict import PREFILL
 
 
 def complete(
-    model: DiffusionLM, task: ModuleType, examples: list, *, style: str, length: int, block: int, steps: int,
+    model: DiffusionLM, task: Task, examples: list, *, style: str, length: int, block: int, steps: int,
     temperature: float, threshold: float, generator: torch.Generator,
 ) -> tuple[Batch, Rollout]:  # fmt: skip
     """One completion an example, as the batch that estimators score and with how it was decoded.
@@ -36,7 +35,7 @@ def complete(
     return Batch(prompt, prompt_valid, rollout.completion, valid), rollout
 
 
-def prompts(model: DiffusionLM, task: ModuleType, examples: list, style: str) -> list[str]:
+def prompts(model: DiffusionLM, task: Task, examples: list, style: str) -> list[str]:
     """What the model reads: in words, the message in the tokenizer's chat template (if it has one) and the style's prefill."""
     read = [task.prompt(e, style) for e in examples]
     if style != "compact" and model.tokenizer.chat_template:
@@ -52,14 +51,14 @@ def texts(model: DiffusionLM, completion: torch.Tensor, style: str) -> list[str]
     return [text + model.tokenizer.eos_token if e else text for text, e in zip(decoded, ended)]
 
 
-def rewards(model: DiffusionLM, task: ModuleType, examples: list, completion: torch.Tensor, *, style: str) -> list[float]:
+def rewards(model: DiffusionLM, task: Task, examples: list, completion: torch.Tensor, *, style: str) -> list[float]:
     """Strict rewards of completions, one an example.  Of several processes the first judges: a limit of time may be met in one only."""
     decoded = model.decode(completion)
     return model.world.first(lambda: [task.reward(text, e, protocol="strict", style=style) for text, e in zip(decoded, examples)])
 
 
 def solve_rate(
-    model: DiffusionLM, task: ModuleType, examples: list, *, seed: int, style: str = "compact", length: int = 0, block: int = 0,
+    model: DiffusionLM, task: Task, examples: list, *, seed: int, style: str = "compact", length: int = 0, block: int = 0,
     steps: int = 0, temperature: float = 0.0, threshold: float = 1.0,
 ) -> float:  # fmt: skip
     """Share of problems solved with one completion each: greedy, one token a step in one block, unless said otherwise."""

@@ -6,21 +6,28 @@ compact completion, one a character), `COMPACT_CHARS` (characters of compact pro
 of a training run's pool), `split_key(example)` (what splits may not share) and `canvas(example)` (the compact completion before
 decoding: "?" for a token to write; a diffusion model fills in around what stands there).  For benchmark files also
 `TEST_PROBLEMS` (size of an evaluation), `record(example)` and `from_record(row, where)` (a problem in a file of completions).
-gsm8k and math500 have no compact style, hence no `COMPACT_*`.
+gsm8k and math500 have no compact style, hence no `COMPACT_*`.  `reasoning_gym:<name>` is the task of one of that package's data sets:
+an object with the same names.
 """
 
 import difflib
 from types import ModuleType
 
 from rspo_lab.tasks import countdown, gsm8k, math500, sudoku, sums
+from rspo_lab.tasks.gym import PREFIX, Gym
 
 TASKS = {"sudoku": sudoku, "countdown": countdown, "sums": sums, "gsm8k": gsm8k, "math500": math500}
 
 
-def task(name: str) -> ModuleType:
-    """The task module called `name`; ValueError with the nearest name if there is none."""
+Task = ModuleType | Gym
+
+
+def task(name: str) -> Task:
+    """The task called `name`; ValueError with the nearest name if there is none, and as `Gym` says."""
     if name in TASKS:
         return TASKS[name]
+    if name.startswith(PREFIX):
+        return Gym(name.removeprefix(PREFIX))
     near = difflib.get_close_matches(name, TASKS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(TASKS))}"
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(TASKS))}, {PREFIX}<data set>"
     raise ValueError(f"unknown task {name!r}: {hint}")

@@ -53,8 +53,8 @@ def in_words(style: str, task: str) -> str:
     return style
 
 
-def strict_answer(completion: str, style: str) -> tuple[str, str | None]:
-    """(answer, None) or ("", failure): the one answer of a completion, short and ASCII.
+def strict_answer(completion: str, style: str, *, longest: int = LONGEST_ANSWER, ascii_only: bool = True) -> tuple[str, str | None]:
+    """(answer, None) or ("", failure): the one answer of a completion, at most `longest` characters and ASCII unless told otherwise.
 
     Unless the style is "compact", exactly one `<answer>` and one `</answer>` must occur; a single `\\boxed{...}` may wrap the answer.
     """
@@ -74,6 +74,6 @@ def strict_answer(completion: str, style: str) -> tuple[str, str | None]:
         answer = completion.strip()
     if not answer:
         return "", "no_answer"
-    if len(answer) > LONGEST_ANSWER:
+    if len(answer) > longest:
         return "", "too_long"
-    return (answer, None) if answer.isascii() else ("", "not_ascii")
+    return ("", "not_ascii") if ascii_only and not answer.isascii() else (answer, None)
