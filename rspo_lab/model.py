@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-from rspo_lab.architectures import LladaConfig, LladaForMaskedLM, read_config
+from rspo_lab.architectures import LladaConfig, read_config
 from rspo_lab.batch import Batch
 from rspo_lab.head import head_logits, token_logp
 from rspo_lab.tokenizer import char_tokenizer, read_tokenizer
@@ -137,10 +137,7 @@ def load(name: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.f
     Raises FileNotFoundError for a folder or a tokenizer that is not there, ValueError for tensors that are missing,
     unexpected, of another shape or pickled, for a causal model, and for an architecture that has no native class.
     """
-    name = find(name)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, and torch sees no GPU here: give cpu or auto")
+    name, device = find(name), _device(device)
     if (Path(name) / "adapter_config.json").is_file():
         from peft import PeftModel
 
@@ -176,18 +173,29 @@ def find(name: str | Path) -> str | Path:
 
 def tiny(chars: str, *, seed: int, layers: int = 3, width: int = 96) -> DiffusionLM:
     """A freshly initialised small model over a character vocabulary; about 335k parameters by default."""
-    tokenizer = char_tokenizer(chars)
+    return untrained(char_tokenizer(chars), seed=seed, layers=layers, width=width, heads=4, ffn=8 * width // 3, positions=256)
+
+
+def untrained(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int, layers: int, width: int, heads: int, ffn: int, positions: int,
+    device: str = "cpu", dtype: torch.dtype = torch.float32,
+) -> DiffusionLM:  # fmt: skip
+    """A freshly initialised model of LLaDA's architecture, made on its device and in its dtype: there is no copy in another.
+
+    ffn: width of the gated layer; positions: the longest sequence.
+    """
+    device = torch.device(_device(device))
     config = LladaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False,
-        mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None, attn_implementation="sdpa",
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, max_position_embeddings=positions, tie_word_embeddings=False, mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator
-        torch.default_generator.manual_seed(seed)
-        hf = LladaForMaskedLM(config)
-    _assert_bidirectional(hf, "the tiny model")
-    return DiffusionLM(hf.eval(), tokenizer)
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []), device:  # transformers initialises from the global generator
+        (torch.cuda if on_gpu else torch.default_generator).manual_seed(seed)
+        hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    _assert_bidirectional(hf, "the untrained model")
+    return DiffusionLM(hf.eval(), tokenizer).to(device)
 
 
 def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: int) -> None:
@@ -231,6 +239,14 @@ def reference_of(model: DiffusionLM):
             return model(batch, hidden)
 
     return reference
+
+
+def _device(name: str) -> str:
+    """The device of that name; "auto" is cuda where there is one, else the CPU."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, and torch sees no GPU here: give cpu or auto")
+    return name
 
 
 def _assert_bidirectional(hf: nn.Module, name: str) -> None:

@@ -8,14 +8,18 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parent.parent
+# fmt: off
 LEVELS = [  # a file imports only from the levels before its own, or from files before it in its level
-    {"batch", "keys", "files", "interrupts", "tracking", "masks", "advantages", "objectives", "diagnostics", "tasks", "style"},
+    {"batch", "keys", "files", "interrupts", "tracking", "masks", "advantages", "objectives", "diagnostics", "tasks", "style", "cost"},
     {"architectures", "tokenizer", "head", "world"},
-    {"parameters", "provenance", "estimators", "oracle", "rollout", "plots", "noise_plots", "explore_plots", "grading", "runs", "views"},
-    {"model", "evaluation", "notebook"},
+    {"parameters", "provenance", "estimators", "oracle", "rollout", "plots", "noise_plots", "explore_plots", "throughput_plots",
+     "grading", "runs", "views"},
+    {"model", "naive", "evaluation", "notebook"},
     {"config", "benchmark", "base_model", "checkpoints", "scores", "training"},
-    {"score_noise", "gradient_noise", "gap", "live", "explore", "explorer", "arms", "report", "study", "board", "jobs", "sweep", "cli"},
+    {"score_noise", "gradient_noise", "gap", "throughput", "live", "explore", "explorer", "arms", "report", "study", "board", "jobs",
+     "sweep", "cli"},
 ]
+# fmt: on
 
 
 def imports(path: Path) -> set[str]:
