@@ -78,7 +78,10 @@ class DiffusionLM(nn.Module):
             mask = torch.cat([prompt_valid, prompt_valid.new_ones(len(ids), ids.shape[1] - prompt_valid.shape[1])], 1)
             if self._base.config._attn_implementation == "sdpa":  # takes a mask that broadcasts over queries as it is
                 mask = mask[:, None, None, :]
-        states = self._base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        dtype = self._base.lm_head.weight.dtype
+        half = self.adapted and dtype.itemsize == 2  # then adapters, kept in float32 for the optimizer, multiply in half precision too
+        with torch.autocast(self.device.type, dtype=dtype, enabled=half):
+            states = self._base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return torch.cat([states[:, :1], states[:, :-1]], 1) if getattr(self._base, "shifted", False) else states
 
     @property
@@ -143,8 +146,8 @@ def load(name: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.f
 
         base_name = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
         base = load(base_name, device=device, dtype=dtype, attention=attention)
-        base.hf = PeftModel.from_pretrained(base.hf, name, is_trainable=True)
-        return base
+        base.hf = PeftModel.from_pretrained(base.hf, name, is_trainable=True).eval()  # without the dropout that its training may have had
+        return _adapted(base)
     config = read_config(name)
     tokenizer = read_tokenizer(name, config)
     if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
@@ -213,8 +216,16 @@ def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: 
     lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS[preset])
     with torch.random.fork_rng(devices=[]):  # peft initialises from the global generator
         torch.default_generator.manual_seed(seed)
-        model.hf = get_peft_model(model.hf, lora)
-    model.to(model.device)
+        model.hf = get_peft_model(model.hf, lora).eval()
+    _adapted(model.to(model.device))
+
+
+def _adapted(model: DiffusionLM) -> DiffusionLM:
+    """The model, whose adapters leave the precision of their products to `_states`."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = False
+    return model
 
 
 def shard(model: DiffusionLM) -> None:

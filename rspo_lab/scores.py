@@ -92,8 +92,10 @@ def accumulate_gradient(policy, batch: Batch, masks: Masks, loss_of, slice_size:
 
     If all views fit one slice they share a graph.  If not, a first pass without gradient gives the loss and its derivative
     by every draw, and a second one back-propagates slice by slice: the same gradient, in the memory of one slice.  (the
-    idea of BGPO, arXiv:2510.11683; exact because the model has no dropout)
+    idea of BGPO, arXiv:2510.11683)  Exact as two passes agree: ValueError if the policy drops units at random.
     """
+    if isinstance(policy, torch.nn.Module) and any(map(_drops, policy.modules())):
+        raise ValueError("dropout is active, so two passes would see two policies: call policy.eval()")
     if masks.hidden.any(-1).sum() <= slice_size:
         draws = elbo_draws(policy, batch, masks)
         loss = loss_of(draws)
@@ -107,3 +109,8 @@ def accumulate_gradient(policy, batch: Batch, masks: Masks, loss_of, slice_size:
     for part in elbo_slices(policy, batch, masks, slice_size=slice_size):
         (part * by_draw).sum().backward()
     return objectives.Loss(loss.value.detach(), loss.log), draws
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    """Whether a layer drops units at random as it stands."""
+    return module.training and (getattr(module, "attention_dropout", 0) or (isinstance(module, torch.nn.Dropout) and module.p)) > 0

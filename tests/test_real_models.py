@@ -8,14 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_training import Folder
 from tokenizers import pre_tokenizers
 from torch.nn.functional import linear, silu
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Tokenizer
 
 from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
 from rspo_lab.head import token_logp
+from rspo_lab.masks import count
 from rspo_lab.model import add_lora, load, reference_of
+from rspo_lab.objectives import Loss
+from rspo_lab.scores import accumulate_gradient
 from rspo_lab.tokenizer import char_tokenizer
 from rspo_lab.training import train
 
@@ -295,6 +300,68 @@ def test_lora_starts_from_the_base_and_comes_back_with_it(tmp_path, kind):
     model.save(tmp_path / "adapter")
     again = load(tmp_path / "adapter")
     assert again.adapted and torch.equal(again(batch, batch.valid), moved) and torch.equal(reference_of(again)(batch, batch.valid), before)
+
+
+def test_adapters_trained_with_dropout_score_without_it_or_not_at_all(tmp_path):
+    """The published runs had a dropout of 0.05 in their adapters; slices of an update would each see another policy."""
+    write(tmp_path / "base", "llada")
+    policy = load(tmp_path / "base")
+    add_lora(policy, "all-linear", rank=4, alpha=8.0, seed=0)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            p.add_(0.1 if "lora_B" in name else 0)
+    policy.save(tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings | {"lora_dropout": 0.5}))
+    again = load(tmp_path / "adapter")
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids[:, :3], torch.ones(2, 3, dtype=torch.bool), ids[:, 3:], torch.ones(2, 6, dtype=torch.bool))
+    masks = count(batch.valid, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again(batch, masks.hidden[0]), policy(batch, masks.hidden[0]), rtol=0, atol=0)
+
+    def loss_of(draws):
+        return Loss(-draws.mean(), {})
+
+    gradients = []
+    for slice_size in (2, 100):
+        again.zero_grad()
+        accumulate_gradient(again, batch, masks, loss_of, slice_size)
+        gradients.append(torch.cat([p.grad.flatten() for p in again.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    again.train()
+    with pytest.raises(ValueError, match=r"dropout is active.*policy.eval\(\)"):
+        accumulate_gradient(again, batch, masks, loss_of, 100)
+    with pytest.raises(ValueError, match="is a LoRA adapter.*merge them first"):
+        train(TrainConfig(model=str(tmp_path / "adapter"), task="gsm8k", style="d1", length=8), Folder(tmp_path / "run"))
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+            self.seen |= {(a.dtype) for a in args if isinstance(a, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+def test_adapters_over_half_precision_multiply_in_it_and_are_kept_in_float32(tmp_path):
+    """Products in float32 can take as long on a GPU as all of the base's; weights in bfloat16 would not move at a rate of 3e-6."""
+    write(tmp_path, "llada")
+    policy = load(tmp_path, dtype=torch.bfloat16)
+    add_lora(policy, "all-linear", rank=4, alpha=8.0, seed=0)
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids[:, :3], torch.ones(2, 3, dtype=torch.bool), ids[:, 3:], torch.ones(2, 6, dtype=torch.bool))
+    hidden = ids[:, 3:] > 20
+    with Products() as products:
+        policy(batch, hidden).sum().backward()
+    assert products.seen == {torch.bfloat16}
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {p.grad.dtype for p in trained} == {torch.float32}
+    assert torch.equal(policy(batch, hidden), reference_of(policy)(batch, hidden))
 
 
 def test_half_precision_stays_close(tmp_path):
