@@ -44,8 +44,8 @@ class Config:
 def training(monkeypatch):
     """A stand-in for rspo_lab.training; a negative lr makes it fail."""
 
-    def train(config, run, *, on_step):
-        assert run.params == vars(config)
+    def train(config, run, *, on_step, world):
+        assert run.params == vars(config) and world.size == 1
         for step in range(1, config.steps + 1):
             on_step({"step": step, "reward": 0.5})
         if config.lr < 0:
@@ -53,6 +53,7 @@ def training(monkeypatch):
 
     module = types.ModuleType("rspo_lab.training")
     module.TrainConfig, module.train = Config, train
+    monkeypatch.setattr(Config, "device", "cpu", raising=False)
     monkeypatch.setitem(sys.modules, "rspo_lab.training", module)
 
 

@@ -199,7 +199,10 @@ def test_stratified_bootstrap_against_all_redraws_and_its_coverage():
 def test_committed_studies_are_valid_and_say_what_they_cost(file, scale, tmp_path):
     found = study.read_study(file, tmp_path, scale)
     assert found.title and len({point.path for point in found.points}) == len(found.points)
-    assert found.cost(1, found.points)[0] > 0
+    if file.stem.startswith("llada8b") and scale == "cpu":  # has none
+        assert found.cost(1, found.points) is None
+    else:
+        assert found.cost(1, found.points)[0] > 0
     for point in found.points:
         if point.notebook.name == "02_train.ipynb":
             TrainConfig(**complete(declared(point.notebook), point.given))
