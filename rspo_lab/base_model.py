@@ -13,6 +13,7 @@ import torch
 from rspo_lab.batch import Batch
 from rspo_lab.diagnostics import wilson
 from rspo_lab.evaluation import complete, solve_rate
+from rspo_lab.held import KINDS
 from rspo_lab.keys import generator
 from rspo_lab.masks import count
 from rspo_lab.model import DiffusionLM
@@ -78,15 +79,17 @@ def decoding(model: DiffusionLM, task: ModuleType, example, *, seed: int) -> pd.
 
 
 def decoding_table(model: DiffusionLM, task: ModuleType, *, problems: int, seed: int) -> pd.DataFrame:
-    """Held-out solve rate, 95 % Wilson interval and forwards a completion: fewer steps against confidence thresholds."""
+    """Held-out solve rate, 95 % Wilson interval and forwards a completion: fewer steps, confidence thresholds, blocks and their caches."""
     examples, full = task.examples("test", problems, seed=0), task.COMPACT_LENGTH
     rows = []
+    ways = [(steps, threshold, full, "none") for steps, threshold in ((full, 1.0), (full // 2, 1.0), (full // 4, 1.0))]
+    ways += [(full, threshold, full, "none") for threshold in (0.95, 0.9, 0.8)] + [(full, 1.0, full // 4, cache) for cache in KINDS]
     for temperature in (0.0, 1.0):
-        for steps, threshold in ((full, 1.0), (full // 2, 1.0), (full // 4, 1.0), (full, 0.95), (full, 0.9), (full, 0.8)):
-            how = {"style": "compact", "length": 0, "block": 0, "steps": steps, "temperature": temperature, "threshold": threshold}
-            _, rollout = complete(model, task, examples, generator=generator(seed, "evaluate", 0), **how)
-            rate = solve_rate(model, task, examples, seed=seed, steps=steps, temperature=temperature, threshold=threshold)
-            forwards = rollout.forwards.double().mean().item()
+        for steps, threshold, block, cache in ways:
+            how = {"steps": steps, "temperature": temperature, "threshold": threshold, "block": block, "cache": cache}
+            _, rollout = complete(model, task, examples, style="compact", length=0, generator=generator(seed, "evaluate", 0), **how)
+            rate = solve_rate(model, task, examples, seed=seed, **how)
             low, high = wilson(round(rate * problems), problems)
-            rows.append((temperature, steps, threshold, forwards, rate, low, high, problems))
-    return pd.DataFrame(rows, columns=["temperature", "steps", "threshold", "forwards", "solve_rate", "low", "high", "n"])
+            forwards = rollout.forwards.double().mean().item()
+            rows.append(how | {"forwards": forwards, "solve_rate": rate, "low": low, "high": high, "n": problems})
+    return pd.DataFrame(rows)

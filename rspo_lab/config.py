@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from rspo_lab.advantages import ADVANTAGES
+from rspo_lab.held import KINDS
 from rspo_lab.masks import design as design_named
 from rspo_lab.model import find
 from rspo_lab.objectives import RECIPES
@@ -15,7 +16,7 @@ from rspo_lab.tasks.verdict import in_words
 CHOICES = {
     "objective": RECIPES, "advantage": ADVANTAGES, "scope": ("batch", "group", "none"),
     "residual": ("shared", "leave_one_out"), "score_unit": ("sequence", "token"), "zero_variance": ("keep", "skip"),
-    "lora": ("none", "all-linear", "d1"), "style": ("compact", "d1"), "dtype": ("float32", "bfloat16"),
+    "lora": ("none", "all-linear", "d1"), "cache": KINDS, "style": ("compact", "d1"), "dtype": ("float32", "bfloat16"),
 }  # fmt: skip
 AT_LEAST_ONE = ("steps", "prompts", "views", "inner_steps", "eval_every", "eval_problems", "checkpoint_every", "snapshots", "slice_size")
 
@@ -38,6 +39,7 @@ class TrainConfig:
     decode_steps: int = 0  # denoising steps a completion; 0 is one a token
     temperature: float = 1.0
     threshold: float = 1.0  # below 1, rollouts also unmask every token more confident than this at once (faster)
+    cache: str = "none"  # keys and values held while a block of a rollout is decoded: prefix or dual (faster, approximate)
     objective: str = "rspo"
     lam: float = 0.03  # nats^-1 in the score's unit
     advantage: str = "standardized"

@@ -3,6 +3,8 @@
 Shapes: B sequences, L completion tokens.
 """
 
+from functools import partial
+
 import torch
 
 from rspo_lab.batch import Batch, valid_until_end
@@ -15,11 +17,12 @@ from rspo_lab.tasks.verdict import PREFILL
 
 def complete(
     model: DiffusionLM, task: Task, examples: list, *, style: str, length: int, block: int, steps: int,
-    temperature: float, threshold: float, generator: torch.Generator,
+    temperature: float, threshold: float, generator: torch.Generator, cache: str = "none",
 ) -> tuple[Batch, Rollout]:  # fmt: skip
     """One completion an example, as the batch that estimators score and with how it was decoded.
 
     In compact style decoding starts from the task's canvas, and only the tokens written are scored; else from all masks.
+    cache: which keys and values are held while a block is decoded, of `held.KINDS`.
     """
     prompt, prompt_valid = model.encode(prompts(model, task, examples, style))
     if style == "compact":
@@ -29,7 +32,7 @@ def complete(
     rollout = generate(
         model.logits, prompt, prompt_valid, canvas=canvas, mask_id=model.mask_id, block=block or canvas.shape[1],
         steps=steps or canvas.shape[1], temperature=temperature, threshold=threshold, generator=generator,
-        world=model.world,
+        hold=partial(model.hold, suffix=cache == "dual") if cache != "none" else None, world=model.world,
     )  # fmt: skip
     valid = valid_until_end(rollout.completion, model.tokenizer.eos_token_id) & (canvas == model.mask_id)
     return Batch(prompt, prompt_valid, rollout.completion, valid), rollout
@@ -59,7 +62,7 @@ def rewards(model: DiffusionLM, task: Task, examples: list, completion: torch.Te
 
 def solve_rate(
     model: DiffusionLM, task: Task, examples: list, *, seed: int, style: str = "compact", length: int = 0, block: int = 0,
-    steps: int = 0, temperature: float = 0.0, threshold: float = 1.0,
+    steps: int = 0, temperature: float = 0.0, threshold: float = 1.0, cache: str = "none",
 ) -> float:  # fmt: skip
     """Share of problems solved with one completion each: greedy, one token a step in one block, unless said otherwise."""
     solved = []
@@ -67,7 +70,7 @@ def solve_rate(
         part = examples[start : start + 256]
         batch, _ = complete(
             model, task, part, style=style, length=length, block=block, steps=steps, temperature=temperature, threshold=threshold,
-            generator=generator(seed, "evaluate", start),
+            generator=generator(seed, "evaluate", start), cache=cache,
         )  # fmt: skip
         solved += [reward == 1 for reward in rewards(model, task, part, batch.completion, style=style)]
     return sum(solved) / len(solved)

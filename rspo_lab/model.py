@@ -17,6 +17,7 @@ from transformers.utils import logging as hf_logging
 from rspo_lab.architectures import LladaConfig, read_config
 from rspo_lab.batch import Batch
 from rspo_lab.head import head_logits, token_logp
+from rspo_lab.held import Held
 from rspo_lab.tokenizer import char_tokenizer, read_tokenizer
 from rspo_lab.world import ALONE, whole
 
@@ -72,17 +73,44 @@ class DiffusionLM(nn.Module):
         """Logits of positions start..stop given all of `ids`, each process its own; -inf where an id stands for no text."""
         return head_logits(self._states(ids, prompt_valid)[:, start:stop], self._base.lm_head.weight, self.banned)
 
-    def _states(self, ids, prompt_valid):
+    @torch.no_grad()
+    def hold(self, ids: Int[Tensor, "B S"], prompt_valid: Bool[Tensor, "B P"], start: int, stop: int, *, suffix: bool):
+        """(`logits`, a function that gives them again for ids that differ in start..stop only), in less time and approximately.
+
+        Keys and values of what stands before `start`, and with `suffix` of what stands from `stop` on, stay those of these ids.
+        Exact until the ids change, and where there is one layer.
+        """
+        held, first = Held(), max(start - getattr(self._base, "shifted", False), 0)
+        states = self._states(ids, prompt_valid, held)
+        held.close(first, end := stop if suffix else ids.shape[1])
+        where = torch.arange(first, end, device=ids.device)[None]
+
+        def again(ids):
+            return self.held_logits(ids[:, first:end], prompt_valid[:, :first], held, where)[:, start - first : stop - first]
+
+        return head_logits(states[:, start:stop], self._base.lm_head.weight, self.banned), again
+
+    @torch.no_grad()
+    def held_logits(self, ids: Int[Tensor, "B n"], held_valid: Bool[Tensor, "B P"], held: Held, where: Int[Tensor, "1 n"]):
+        """Logits of the ids at positions `where`, beside what is held."""
+        return head_logits(self._states(ids, held_valid, held, position_ids=where), self._base.lm_head.weight, self.banned)
+
+    def _states(self, ids, prompt_valid, held=None, **more):
         mask = None
         if not prompt_valid.all():
-            mask = torch.cat([prompt_valid, prompt_valid.new_ones(len(ids), ids.shape[1] - prompt_valid.shape[1])], 1)
+            keys = ids.shape[1] + (held.get_seq_length() if held else 0)
+            mask = torch.cat([prompt_valid, prompt_valid.new_ones(len(ids), keys - prompt_valid.shape[1])], 1)
             if self._base.config._attn_implementation == "sdpa":  # takes a mask that broadcasts over queries as it is
                 mask = mask[:, None, None, :]
-        dtype = self._base.lm_head.weight.dtype
-        half = self.adapted and dtype.itemsize == 2  # then adapters, kept in float32 for the optimizer, multiply in half precision too
-        with torch.autocast(self.device.type, dtype=dtype, enabled=half):
-            states = self._base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        with self.precision():
+            found = self._base.model(input_ids=ids, attention_mask=mask, past_key_values=held, use_cache=held is not None, **more)
+        states = found.last_hidden_state
         return torch.cat([states[:, :1], states[:, :-1]], 1) if getattr(self._base, "shifted", False) else states
+
+    def precision(self) -> torch.autocast:
+        """The context of a forward of `hf`: adapters, kept in float32 for the optimizer, multiply in a base's half precision."""
+        dtype = self._base.lm_head.weight.dtype
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.adapted and dtype.itemsize == 2)
 
     @property
     def _base(self):
@@ -221,7 +249,7 @@ def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: 
 
 
 def _adapted(model: DiffusionLM) -> DiffusionLM:
-    """The model, whose adapters leave the precision of their products to `_states`."""
+    """The model, whose adapters leave the precision of their products to `precision`."""
     for module in model.modules():
         if hasattr(module, "lora_A"):
             module.cast_input_dtype_enabled = False
@@ -229,13 +257,14 @@ def _adapted(model: DiffusionLM) -> DiffusionLM:
 
 
 def shard(model: DiffusionLM) -> None:
-    """Spreads the weights over the processes of a world, layer by layer (FSDP2); then only `forward` and `logits` may be called."""
+    """Spreads the weights over the processes of a world, layer by layer (FSDP2); then no parts of it may be called by themselves."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for layer in model._base.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    register_fsdp_forward_method(model, "logits")
+    for name in ("logits", "hold", "held_logits"):
+        register_fsdp_forward_method(model, name)
 
 
 def reference_of(model: DiffusionLM):

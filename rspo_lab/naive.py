@@ -25,7 +25,8 @@ class NaiveLM(DiffusionLM):
         return logp.gather(-1, batch.completion[..., None])[..., 0].where(hidden, 0.0)
 
     def all_logits(self, ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S V"]:
-        logits = self.hf(input_ids=ids, use_cache=False).logits.float()
+        with self.precision():
+            logits = self.hf(input_ids=ids, use_cache=False).logits.float()
         if getattr(self.hf, "shifted", False):
             logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
         return logits.masked_fill_(self.banned, -torch.inf)

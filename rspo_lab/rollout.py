@@ -16,6 +16,8 @@ from rspo_lab.world import ALONE, World
 CPU_CHUNK, CHUNK = 2**20, 2**26
 # logits(ids, prompt_valid, start, stop) -> (B, stop - start, V): next-token logits of positions start..stop of `ids` (B, P+L)
 Logits = Callable[[Tensor, Tensor, int, int], Tensor]
+# hold(ids, prompt_valid, start, stop) -> (the same, a function that gives them again for ids that differ in start..stop only)
+Hold = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Callable[[Tensor], Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ def generate(
     temperature: float,
     generator: torch.Generator,
     threshold: float = 1.0,
+    hold: Hold | None = None,
     world: World = ALONE,
 ) -> Rollout:
     """Low-confidence remasking in blocks.  (LLaDA, arXiv:2502.09992, Alg. 5; the schedule of its released sampler)
@@ -47,9 +50,9 @@ def generate(
     from softmax(logits / temperature), the arg max at temperature 0, and keeps those with the highest untempered
     probability: of m masked positions at first, m // n a step, one more in the first m % n steps.  Ties go to the left.
 
-    Below 1, `threshold` also keeps every token more probable than it (Fast-dLLM, arXiv:2505.22618).  That is no longer the
-    published sampler; what it changes is measured in notebook 01.  Rows that
-    stand equal share a forward, and a row whose block is full costs none.
+    Below 1, `threshold` also keeps every token more probable than it (Fast-dLLM, arXiv:2505.22618); `hold` gives the logits of
+    all but a block's first step from keys and values of that one.  Neither is the published sampler; what they change is measured in
+    notebook 01.  Without `hold`, rows that stand equal share a forward, and a row whose block is full costs none.
 
     The draw is by inverse CDF with one uniform number a position: the law of the published Gumbel arg max at 1/V of its
     random numbers, and the same numbers on every device.  Logits of -inf are never drawn.  Each process of `world` decodes its
@@ -72,13 +75,20 @@ def generate(
             open_rows = masked.any(1).nonzero()[:, 0]
             if not world.any(len(open_rows) > 0):
                 break
-            if not len(open_rows):  # others go on, and with sharded weights they need this process in every forward
+            if hold and n == 0:
+                held_logits, again = hold(ids, prompt_valid, start, start + block)
+            elif hold:
+                held_logits = again(ids)
+            elif not len(open_rows):  # others go on, and with sharded weights they need this process in every forward
                 if world.sharded:
                     logits(ids[:1], prompt_valid[:1], start, start + block)
                 continue
             most = (to_write // per_block + (n < to_write % per_block))[open_rows]
-            states, which = torch.cat([ids[open_rows], prompt_valid[open_rows]], 1).unique(dim=0, return_inverse=True)
-            block_logits = logits(states[:, : width + length], states[:, width + length :].bool(), start, start + block)
+            if hold:
+                block_logits, which = held_logits, open_rows
+            else:
+                states, which = torch.cat([ids[open_rows], prompt_valid[open_rows]], 1).unique(dim=0, return_inverse=True)
+                block_logits = logits(states[:, : width + length], states[:, width + length :].bool(), start, start + block)
             left = masked[open_rows]
             token, prob = _draw_where(left, block_logits, which, uniform[open_rows], temperature)
             rank = prob.argsort(dim=-1, descending=True, stable=True).argsort(-1)

@@ -133,7 +133,7 @@ def roll_out(config: TrainConfig, policy: DiffusionLM, problems: list, generator
     examples = [problem for problem in problems for _ in range(config.group)]
     batch, rollout = complete(
         policy, task, examples, temperature=config.temperature, threshold=config.threshold, steps=config.decode_steps,
-        generator=generator, **_format(config),
+        generator=generator, cache=config.cache, **_format(config),
     )  # fmt: skip
     reward = torch.tensor(rewards(policy, task, examples, batch.completion, style=config.style), dtype=torch.float64)
     advantage = ADVANTAGES[config.advantage](reward, config.group)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # fmt: off
 LEVELS = [  # a file imports only from the levels before its own, or from files before it in its level
     {"batch", "keys", "files", "interrupts", "tracking", "masks", "advantages", "objectives", "diagnostics", "tasks", "style", "cost"},
-    {"architectures", "tokenizer", "head", "world"},
+    {"architectures", "tokenizer", "head", "held", "world"},
     {"parameters", "provenance", "estimators", "oracle", "rollout", "plots", "noise_plots", "explore_plots", "throughput_plots",
      "grading", "runs", "views"},
     {"model", "naive", "evaluation", "notebook"},

@@ -239,6 +239,22 @@ def test_a_shifted_model_scores_an_empty_prompt_by_position_0s_own_state(tmp_pat
     assert (model(batch, batch.valid) - logits.log_softmax(-1)[torch.arange(6), completion]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_held_keys_give_the_logits_again(tmp_path, kind, attention):
+    """With padding, with the shift by one, at the completion's first token and at a later one; exact while the ids stand."""
+    write(tmp_path, kind)
+    model = load(tmp_path, attention=attention)
+    ids = ids_of(model, length=11, rows=2)
+    valid = torch.tensor([[True] * 4, [False, False, True, True]])
+    for start, stop in ((4, 7), (7, 10)):
+        expected = model.logits(ids, valid, start, stop)
+        for suffix in (False, True):
+            now, again = model.hold(ids, valid, start, stop, suffix=suffix)
+            torch.testing.assert_close(now, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(again(ids), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind, mask, pad, end", [("llada", 2, 1, 1), ("dream", 259, 257, 257), ("a2d", 259, 257, 257)])
 def test_tokenizers(tmp_path, kind, mask, pad, end):
     write(tmp_path, kind)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -138,3 +139,54 @@ def test_impossible_schedules_are_refused(model, bad, match):
     schedule = {"canvas": torch.full((1, 8), model.mask_id), "block": 8, "steps": 8, "temperature": 0.0} | bad
     with pytest.raises(ValueError, match=match):
         generate(model.logits, prompt, prompt_valid, mask_id=model.mask_id, generator=torch.Generator(), **schedule)
+
+
+@pytest.mark.parametrize("suffix", [False, True])
+@pytest.mark.parametrize("length, block, steps", [(12, 4, 12), (12, 4, 6), (12, 12, 12), (12, 3, 4)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_held_keys_are_exact_with_one_layer_and_at_a_blocks_first_step(length, block, steps, temperature, suffix):
+    """A layer's keys and values depend on tokens that stand still; in deeper models they do not, but for steps that begin a block."""
+    for layers in (1, 3):
+        if layers > 1 and steps != length // block:
+            continue
+        model = tiny("0123456789=", seed=3, layers=layers, width=32)
+        prompt, prompt_valid = model.encode(["12=", "345678=", "9="])
+        how = dict(canvas=torch.full((3, length), model.mask_id), mask_id=model.mask_id, block=block, steps=steps, temperature=temperature)
+        exact, held = (
+            generate(model.logits, prompt, prompt_valid, generator=torch.Generator().manual_seed(1), hold=hold, **how)
+            for hold in (None, partial(model.hold, suffix=suffix))
+        )
+        assert torch.equal(exact.completion, held.completion) and torch.equal(exact.step, held.step)
+        assert torch.equal(exact.forwards, held.forwards)
+        torch.testing.assert_close(exact.confidence, held.confidence, rtol=0, atol=1e-6)
+
+
+def test_held_logits_are_those_of_the_ids_that_were_there(model):
+    """They see the block as it is and all else as it was, nearer the truth than the logits from before it changed."""
+    prompt, prompt_valid = model.encode(["12=", "345678="])
+    width = prompt.shape[1]
+    ids = torch.cat([prompt, torch.full((2, 8), model.mask_id)], 1)
+    changed = ids.clone()
+    changed[:, width + 3] = model.encode(["7"])[0][0, 0]
+    for suffix in (False, True):
+        now, again = model.hold(ids, prompt_valid, width + 2, width + 6, suffix=suffix)
+        torch.testing.assert_close(now, model.logits(ids, prompt_valid, width + 2, width + 6), rtol=0, atol=0)
+        torch.testing.assert_close(again(ids), now, rtol=0, atol=1e-5)
+        stale = (again(changed) - model.logits(changed, prompt_valid, width + 2, width + 6)).nan_to_num().abs().max()
+        assert 1e-4 < stale < (now - model.logits(changed, prompt_valid, width + 2, width + 6)).nan_to_num().abs().max()
+        torch.testing.assert_close(again(ids), now, rtol=0, atol=1e-5)  # it kept nothing of the others
+    elsewhere = changed.clone()
+    elsewhere[:, width + 7] = 5
+    torch.testing.assert_close(again(elsewhere), again(changed), rtol=0, atol=0)  # dual: what stands behind the block is not read
+
+
+def test_a_row_that_is_full_is_left_alone_while_keys_are_held(model):
+    prompt, prompt_valid = model.encode(["12=", "3="])
+    canvas = model.encode_canvas(["12345?78", "????????"])
+    rollout = generate(
+        model.logits, prompt, prompt_valid, canvas=canvas, mask_id=model.mask_id, block=4, steps=8, temperature=1.0,
+        generator=torch.Generator().manual_seed(0), hold=partial(model.hold, suffix=True),
+    )  # fmt: skip
+    given = canvas != model.mask_id
+    assert (rollout.completion == canvas)[given].all() and (rollout.step == -1).equal(given)
+    assert rollout.forwards.tolist() == [1, 8] and model.mask_id not in rollout.completion

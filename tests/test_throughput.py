@@ -124,7 +124,7 @@ def test_rows_agree_and_a_path_without_memory_says_so(monkeypatch):
     model, batch = small()
     told = []
     rows = throughput.measure(model, batch, repeats=1, on_work=lambda done, of: told.append((done, of)), **GIVEN)
-    assert told == [(n, 9) for n in range(1, 10)]
+    assert told == [(n, 10) for n in range(1, 11)]
     full = rows[rows["note"] != "out of memory"]
     assert len(rows) - len(full) == 1 and not full.isna().any(axis=None)
     without = rows[rows["note"] == "out of memory"].iloc[0]
