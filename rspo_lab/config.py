@@ -65,7 +65,7 @@ class TrainConfig:
     eval_problems: int = 192  # Countdown has 196
     checkpoint_every: int = 10
     snapshots: int = 4  # evenly spaced saved policies, the last one final
-    slice_size: int = 512  # masked sequences a forward, of all processes; more views than this cost one more forward each, not more memory
+    slice_size: int = 512  # masked sequences a forward of a process; more views than this cost one more forward each, not more memory
     device: str = "auto"  # cuda, else cpu
     dtype: str = "float32"
     attention: str = "sdpa"  # an implementation that transformers knows: sdpa, eager, flash_attention_2 ...

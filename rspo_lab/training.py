@@ -73,6 +73,7 @@ def train(
     if world.rank == 0:
         write_json(run.path / "config.json", asdict(config))
     history, profiles = world.first(lambda: kept(files, done))
+    spread = replace(config, slice_size=config.slice_size * world.size)  # a forward of all processes together
     if done == 0:
         history.append({"step": 0, "eval_solve_rate": _evaluate(config, policy, task, held_out)})
         log(files["metrics"], history[-1])
@@ -84,14 +85,14 @@ def train(
             chosen = torch.randperm(len(problems), generator=generator(config.seed, step, "problems"))[: config.prompts]
             rollouts = roll_out(config, policy, [problems[i] for i in chosen], generator(config.seed, step, "rollout"))
             rolled = time.perf_counter()
-            updates = _updates(config, policy, reference, optimizer, parameters, rollouts, step, profiles)
+            updates = _updates(spread, policy, reference, optimizer, parameters, rollouts, step, profiles)
             on_policy, d = updates[0]
             spent = {name: sum(update[name] for update, _ in updates) for name in ("forward_passes", "forwards")}
             record = {"step": step} | rollouts.record | on_policy | spent
             timing = {"step": step, "rollout_s": rolled - began, "update_s": time.perf_counter() - rolled, "peak_gib": _peak_gib(device)}
             if step % config.eval_every == 0 or step == config.steps:
                 if config.design == "auto" and len(rollouts.batch):
-                    profiles.append({"step": step} | asdict(_profile(config, policy, reference, rollouts, step)))
+                    profiles.append({"step": step} | asdict(_profile(spread, policy, reference, rollouts, step)))
                     log(files["profile"], profiles[-1])
                 record["eval_solve_rate"] = _evaluate(config, policy, task, held_out)
                 pairs = {"d": d.tolist(), "advantage": rollouts.advantage.tolist(), "reward": rollouts.reward.tolist()}
@@ -176,7 +177,8 @@ def saved(trained: Path, step: int, **changes) -> tuple[TrainConfig, int, Diffus
 def held_still(config: TrainConfig, policy: DiffusionLM, *, prompts: int, group: int, seed: int) -> Rollouts:
     """Rollouts of `prompts` training problems, the same problems for every policy, for measurements."""
     config = replace(config, group=group, zero_variance="keep")
-    problems = task_named(config.task).examples("train", prompts, seed=seed)
+    task = task_named(config.task)
+    problems = task.read(config.data, prompts) if config.data else task.examples("train", prompts, seed=seed)
     return roll_out(config, policy, problems, generator(seed, "held still"))
 
 

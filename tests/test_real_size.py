@@ -22,6 +22,7 @@ from rspo_lab.masks import count
 from rspo_lab.model import load
 from rspo_lab.study import read_study
 from rspo_lab.tasks import gsm8k, sudoku
+from rspo_lab.training import starting_point
 
 STUDIES = Path(__file__).parent.parent / "notebooks/studies"
 BENCHMARKS = Path(os.environ.get("RSPO_LAB_BENCHMARKS", ""))
@@ -174,6 +175,7 @@ def test_presets_hold_the_published_settings_and_train(llada, name, tmp_path, ca
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["lr"] == 3e-6 and config["max_grad_norm"] == 0.2 and config["prompts"] == 2 and config["lora"] == "d1"
     assert [r["step"] for r in records(tmp_path / "run")] == [0, 1]
+    assert starting_point(TrainConfig(**config))["largest |d|, shared masks"] == 0  # as notebook 02 begins, also without the hub
 
 
 def test_a_run_of_a_study_that_is_not_there_is_named(tmp_path, capsys):

@@ -182,6 +182,7 @@ def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_p
     dict(design="bsc(1, 0.5)", inner_steps=2, old_views=4), dict(design="auto", eval_every=1), dict(common_masks=True),
     dict(design="bsc", inner_steps=2, old_views=2, allocate=True),
     dict(lora="all-linear", lora_rank=2), dict(advantage="leave_one_out"), dict(decode_steps=4, block=4), dict(threshold=0.1),
+    dict(cache="dual", block=4, threshold=1.0), dict(attention="eager"),
 ])  # fmt: skip
 def test_every_option_trains(base, tmp_path, changes):
     history = train(config(base, steps=2, **changes), Folder(tmp_path / "run"))

@@ -25,7 +25,7 @@ WAYS = {"DDP": ["--multi_gpu"], "FSDP2": ["--use_fsdp", "--fsdp_version", "2"]} 
 def config(**changes):
     """Five prompts, so that two processes do not have equally many rows; three masked sequences a forward, so that there are slices."""
     small = dict(model="base-sudoku", task="sudoku", steps=3, prompts=5, group=3, views=2, eval_every=3, eval_problems=5, warmup=0)
-    return TrainConfig(**small | dict(threshold=0.9, checkpoint_every=1, snapshots=1, slice_size=7, device="cpu", lr=3e-4) | changes)
+    return TrainConfig(**small | dict(threshold=0.9, checkpoint_every=1, snapshots=1, slice_size=3, device="cpu", lr=3e-4) | changes)
 
 
 def launch(way, folder, config):
