@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.distributed.tensor import DTensor
 
 from rspo_lab.config import TrainConfig
 from rspo_lab.files import replacing
@@ -20,9 +21,10 @@ RECORDS = ("metrics", "sequences", "timing", "profile")  # the jsonl files of a 
 
 def save(config, folder: Path, step: int, parameters, optimizer, world: World) -> None:
     """checkpoint.pt, whole or not at all, and the same from any number of processes."""
-    state = {"config": asdict(config), "step": step, "parameters": [whole(p.detach()) for p in parameters]}
-    state |= {"optimizer": whole(optimizer.state_dict())}
-    if world.rank == 0:
+    first = world.rank == 0
+    state = {"config": asdict(config), "step": step, "parameters": [whole(p.detach(), keep=first) for p in parameters]}
+    state |= {"optimizer": whole(optimizer.state_dict(), keep=first)}
+    if first:
         with replacing(folder / "checkpoint.pt") as path:
             torch.save(state, path)
 
@@ -32,7 +34,8 @@ def resume(config, folder: Path, parameters, optimizer) -> int:
     path = folder / "checkpoint.pt"
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True, map_location="cpu")
+    sharded = isinstance(parameters[0], DTensor)  # then the first process alone reads the weights, to part them
+    state = torch.load(path, weights_only=True, map_location="cpu", mmap=sharded)
     defaults = {f.name: f.default for f in fields(config)}  # a field that is younger than the checkpoint had its default
     differ = [k for k, v in asdict(config).items() if state["config"].get(k, defaults[k]) != v]
     if differ:

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--name", help="folder of the run in DIR (default: the notebook's name)")
     run.add_argument("--timeout", type=float, metavar="S", help="end the run after S seconds")
 
-    train = commands.add_parser("train", help="train without a notebook; under torchrun or accelerate launch too")
+    train = commands.add_parser("train", help="train without a notebook; under accelerate launch too, or torchrun -m rspo_lab.cli -- train")
     train.set_defaults(command=_train)
     train.add_argument("--run", type=Path, metavar="DIR", help="the run's folder")
     train.add_argument("--study", nargs=2, metavar=("FILE", "RUN"), help="parameters of a study's run, at its GPU scale; -p wins")

@@ -148,7 +148,7 @@ class DiffusionLM(nn.Module):
         own config.json takes the place of ours; `load` reads both.  The other models' names are their original ones.
         """
         wanted = {name: t for name, t in self.hf.state_dict().items() if "lora_" in name or not self.adapted}
-        state = whole(wanted)  # under FSDP2 all processes bring their parts together, and the first one writes
+        state = whole(wanted, keep=self.world.rank == 0)  # under FSDP2 all processes bring their parts together, and the first one writes
         if self.world.rank:
             return
         if self.adapted:  # adapters never hold embeddings; "auto" would ask the hub
@@ -258,11 +258,12 @@ def _adapted(model: DiffusionLM) -> DiffusionLM:
 
 def shard(model: DiffusionLM) -> None:
     """Spreads the weights over the processes of a world, layer by layer (FSDP2); then no parts of it may be called by themselves."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    for layer in model._base.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    mesh = init_device_mesh(model.world.device, (model.world.size,))
+    for part in (*model._base.model.layers, model):
+        fully_shard(part, mesh=mesh)
     for name in ("logits", "hold", "held_logits"):
         register_fsdp_forward_method(model, name)
 

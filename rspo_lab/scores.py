@@ -75,7 +75,8 @@ def scorings(
         d = (ratio * unit)[which][None]
         weight = advantage.to(ratio) - config.lam * (d - objectives.centre(d, config.scope_of(d)))[0]
         total = torch.zeros_like(ratio).index_add(0, which, weight)
-        each = allocate((total * score * unit).abs().cpu(), config.views)
+        size_of_update = (total * score * unit).abs().cpu()
+        each = policy.world.first(lambda: allocate(size_of_update, config.views))  # sums on GPUs may differ in their last bit
         updates = [drawn(design_of, valid, each, generator=generator(*key, i, "masks")) for i in range(config.inner_steps)]
     else:
         updates = [masks_of(config.views, inner) for inner in range(config.inner_steps)]

@@ -146,9 +146,9 @@ def works(policy: DiffusionLM, batch: Batch, *, views: list[int], slice_size: in
         Work("score, adapters off", rows, rows * bare + tokens * bare_token, both(lambda path: score(reference[path], batch, masks[1]))),
         Work("score, body alone", rows, rows * forward, {"ours": lambda: score(body, batch, masks[1])}),
         Work("score, head alone", rows, tokens * forward_token, both(head), note="of random states"),
-        Work("score and gradient", rows, rows * backward + tokens * backward_token, both(gradient, batch, masks[1])),
         Work("rollout", rows * decode_steps, decode_steps * a_step, both(roll_out), note=f"{rows} completions, {decode_steps} steps each"),
         Work(CACHED, rows * decode_steps, flop(held_roll_out), {"ours": held_roll_out}, note="not the published sampler"),
+        Work("score and gradient", rows, rows * backward + tokens * backward_token, both(gradient, batch, masks[1])),
     ]  # fmt: skip
     for k in views:
         passes, tokens = masks[k].hidden.any(-1).sum().item(), masks[k].hidden.sum().item()

@@ -196,7 +196,8 @@ def _profile(config, policy, reference, rollouts, step):
     """The count profile of up to 64 of a rollout's distinct completions."""
     draw, (distinct, _) = generator(config.seed, step, "profile"), rollouts.batch.distinct()
     some = distinct.rows(torch.randperm(len(distinct), generator=draw)[:64].to(distinct.valid.device))
-    return count_profile(policy, reference, some, pairs=8, generator=draw, slice_size=config.slice_size)
+    found = count_profile(policy, reference, some, pairs=8, generator=draw, slice_size=config.slice_size)
+    return policy.world.first(lambda: found)  # sums on GPUs may differ in their last bit
 
 
 def _update(config, policy, optimizer, parameters, rollouts, step, scoring):

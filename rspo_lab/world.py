@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class World:
 
         Every process computes the same loss from what it gathers, so the sum of their parameters' gradients is that of the loss.
         """
-        return mine if self.size == 1 else _Gather.apply(mine, self)[:rows]
+        return mine if self.size == 1 else _Gather.apply(mine, self)[:rows].clone()
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on any process."""
@@ -71,11 +72,14 @@ def joined(device: str) -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    if device.startswith("cuda:"):
+        raise ValueError(f"device {device!r} would be that of all processes: give cuda, and each takes its own")
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else transformers loads weights in one process only, for accelerate to spread
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    patience = timedelta(hours=2)  # the others wait while the first one judges completions or writes large weights
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
     try:
         sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
         yield World(dist.get_rank(), dist.get_world_size(), sharded, "cuda" if on_gpu else "cpu")
@@ -83,11 +87,14 @@ def joined(device: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def whole(value: Any) -> Any:
-    """A tensor, or each in a dict, with all its parts, in every process; parted ones go to the CPU one by one."""
+def whole(value: Any, *, keep: bool = True) -> Any:
+    """A tensor, or each in a dict, with all its parts; parted ones are gathered one by one, to the CPU of processes that `keep` them."""
     if isinstance(value, dict):
-        return {key: whole(v) for key, v in value.items()}
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        return {key: whole(v, keep=keep) for key, v in value.items()}
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if keep else None
 
 
 def parted(tensor: Tensor, like: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """Several processes: the same rollouts, losses and weights as one, with whole weights and with sharded ones, and through a preemption."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +18,7 @@ from test_training import Folder
 
 from rspo_lab.config import TrainConfig
 from rspo_lab.training import train
+from rspo_lab.world import joined
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
@@ -28,12 +32,18 @@ def config(**changes):
     return TrainConfig(**small | dict(threshold=0.9, checkpoint_every=1, snapshots=1, slice_size=3, device="cpu", lr=3e-4) | changes)
 
 
+@contextlib.contextmanager
 def launch(way, folder, config):
     """`train` in two processes, as a user starts it."""
     values = {name: str(value) for name, value in dataclasses.asdict(config).items() if value != ""}
     given = [word for name, value in values.items() for word in ("-p", name, value)]
     command = [*LAUNCH, *WAYS[way], "-m", "rspo_lab.cli", "train", "--run", str(folder), *given]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # none is left, as it should be
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def records(folder):
@@ -59,27 +69,82 @@ def assert_same_run(folder, alone):
 def test_two_processes_train_as_one_does(way, changes, tmp_path):
     """Losses, rollouts, evaluations and saved weights; the moved weights make later steps agree only if all of the first does."""
     train(config(**changes), Folder(tmp_path / "alone"))
-    process = launch(way, tmp_path / "two", config(**changes))
-    said, _ = process.communicate(timeout=240)
+    with launch(way, tmp_path / "two", config(**changes)) as process:
+        said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert said.count("done: ") == 1 and json.loads((tmp_path / "two/status.json").read_text())["state"] == "done"
     assert_same_run(tmp_path / "two", tmp_path / "alone")
     assert min(r["gradient_norm"] for r in records(tmp_path / "alone")[1:]) > 1e-2
 
 
-def test_a_preempted_run_of_two_goes_on_in_one(tmp_path):
-    """SIGTERM to the launcher: both processes end after the step in hand, and its checkpoint is whole weights again."""
-    longer = config(steps=40, eval_every=40, eval_problems=1, lora="all-linear")
+def test_a_run_of_two_of_which_one_is_preempted_goes_on_in_one(tmp_path):
+    """SIGTERM to the second process alone: both end after one step, and its checkpoint is whole weights."""
+    longer = config(steps=16, eval_every=16, eval_problems=1, lora="all-linear")
     folder = tmp_path / "run"
-    process = launch("FSDP2", folder, longer)
-    for _ in range(1200):
-        if process.poll() is not None or ((folder / "metrics.jsonl").exists() and len(records(folder)) > 3):
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    with launch("FSDP2", folder, longer) as process:
+        for _ in range(1200):
+            if process.poll() is not None or ((folder / "metrics.jsonl").exists() and len(records(folder)) > 3):
+                break
+            time.sleep(0.1)
+        (second,) = (child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1")
+        second.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed" and status["error"]["kind"] == "Preempted", said
     train(longer, Folder(folder))
     train(longer, Folder(tmp_path / "alone"))
     assert_same_run(folder, tmp_path / "alone")
+
+
+def test_a_run_of_one_goes_on_in_two_with_sharded_weights(tmp_path):
+    """Weights and the optimizer's moments are parted as they are read."""
+    seen = []
+    params = dataclasses.asdict(config(steps=4))
+    folder = Folder(tmp_path / "run")
+    train(config(steps=4), folder, on_step=seen.append, should_stop=lambda: len(seen) > 2)
+    assert folder.stopped and len(records(folder.path)) == 3
+    (folder.path / "params.json").write_text(json.dumps(params))
+    with launch("FSDP2", folder.path, config(steps=4)) as process:
+        said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    train(config(steps=4), Folder(tmp_path / "alone"))
+    assert_same_run(folder.path, tmp_path / "alone")
+
+
+PRIMITIVES = """
+import sys
+from pathlib import Path
+import torch
+from rspo_lab.model import load
+from rspo_lab.world import joined
+
+with joined("cpu") as world:
+    assert world.size == 3 and world.first(lambda: world.rank) == 0
+    assert world.any(world.rank == 2) is True and world.any(False) is False
+    for rows in range(1, 8):
+        x = torch.arange(rows * 2.0).view(rows, 2) + 1
+        scale = torch.ones(2, requires_grad=True)
+        found = world.gather(x[world.share(rows)] * scale, rows)
+        assert torch.equal(found, x)
+        (found * x).sum().backward()
+        world.sum_gradients([scale])
+        assert torch.equal(scale.grad, (x * x).sum(0)), rows
+    model = load("base-sudoku", device="cpu")
+    model.world = world
+    model.save(Path(sys.argv[1]) / str(world.rank))
+"""
+
+
+def test_primitives_in_three_processes(tmp_path):
+    """Rows that do not come out even, fewer than processes too; by torchrun.  The first process alone writes."""
+    (tmp_path / "primitives.py").write_text(PRIMITIVES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    done = subprocess.run([*command, tmp_path / "primitives.py", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0"]
+
+
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="give cuda, and each takes its own"), joined("cuda:0"):
+        pass
