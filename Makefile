@@ -8,7 +8,7 @@ study: .venv/installed  ## the main job on the embedded tiny model: figures in r
 
 test: .venv/reasoning_gym  ## lint and tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slurm: .venv/installed  ## sweeps on a real Slurm of one node, which it installs (root, Debian)
 	$(BIN)/python -m pytest -s tests/slurm_end_to_end.py
@@ -26,7 +26,7 @@ lab: .venv/kernel  ## JupyterLab on the notebooks
 	touch $@
 
 .venv/reasoning_gym: .venv/installed  # a dependency of it, pycosat, comes as C: without a compiler its tests are skipped
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[reasoning_gym] || echo "no reasoning_gym: see above"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[reasoning-gym] || echo "no reasoning_gym: see above"
 	touch $@
 
 clean:  ## everything but the sources and runs/

@@ -18,6 +18,7 @@ from rspo_lab.keys import generator
 from rspo_lab.masks import Masks
 from rspo_lab.masks import design as design_named
 from rspo_lab.views import CountProfile, allocate, common, drawn, recommend_design
+from rspo_lab.world import ALONE
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def scorings(
         weight = advantage.to(ratio) - config.lam * (d - objectives.centre(d, config.scope_of(d)))[0]
         total = torch.zeros_like(ratio).index_add(0, which, weight)
         size_of_update = (total * score * unit).abs().cpu()
-        each = policy.world.first(lambda: allocate(size_of_update, config.views))  # sums on GPUs may differ in their last bit
+        world = getattr(policy, "world", ALONE)  # a denoiser of another kind is alone
+        each = world.first(lambda: allocate(size_of_update, config.views))  # sums on GPUs may differ in their last bit
         updates = [drawn(design_of, valid, each, generator=generator(*key, i, "masks")) for i in range(config.inner_steps)]
     else:
         updates = [masks_of(config.views, inner) for inner in range(config.inner_steps)]

@@ -53,3 +53,11 @@ def small():
     """4 tokens of 3 ids: a table policy, a table reference, and three completions, one of them shorter."""
     batch = completions([[0, 1, 2, 0], [2, 2, 1, 0], [1, 0, 2, 2]], [[True] * 4, [True] * 4, [True, True, True, False]])
     return types.SimpleNamespace(policy=table_denoiser(4, 3, 0), reference=table_denoiser(4, 3, 1), batch=batch)
+
+
+SLOW = ("test_world", "test_real_size", "test_notebooks", "test_browser", "test_training", "test_sweep", "test_measurement")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files begin first, so that no core waits for another's last one."""
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))

@@ -65,7 +65,7 @@ def llada(tmp_path_factory):
 @pytest.fixture(scope="module")
 def writer(llada, tmp_path_factory):
     """The same model after 40 steps of pretraining: it answers 7 or, oftener and greedily, 3."""
-    model, length = load(llada, dtype=torch.float32), 12
+    model, length = load(llada, dtype=torch.float32), 10
     prompt, prompt_valid = model.encode(prompts(model, gsm8k, problems(NAMES), "d1"))
     rows = [model.encode([f"<answer>\n{n}\n</answer>"])[0][0].tolist() for n in (7, 3)]
     answers = torch.tensor([row + [model.tokenizer.eos_token_id] * (length - len(row)) for row in rows])
@@ -100,8 +100,8 @@ def test_a_hundred_steps_on_gsm8k_rows_killed_resumed_and_graded(writer, tmp_pat
     for name, who in (("train", NAMES[:6]), ("test", NAMES[6:])):
         rows = [json.dumps({"question": e.question, "answer": "Count them.\n#### 7"}) + "\n" for e in problems(who)]
         (tmp_path / f"{name}.jsonl").write_text("".join(rows))
-    given = dict(model=writer, task="gsm8k", data=tmp_path / "train.jsonl", eval_data=tmp_path / "test.jsonl", style="d1", length=12)
-    given |= dict(block=6, decode_steps=6, eval_steps=6, eval_problems=2, prompts=2, group=4, steps=100, views=2, lam=0.03)
+    given = dict(model=writer, task="gsm8k", data=tmp_path / "train.jsonl", eval_data=tmp_path / "test.jsonl", style="d1", length=10)
+    given |= dict(block=5, decode_steps=4, eval_steps=4, eval_problems=2, prompts=2, group=3, steps=100, views=2, lam=0.03)
     given |= dict(lora="all-linear", lr=3e-3, lora_rank=8, lora_alpha=16.0, warmup=0, eval_every=50, checkpoint_every=5, snapshots=1)
     given |= dict(device="cpu", seed=1)
     run = tmp_path / "run"
@@ -120,10 +120,10 @@ def test_a_hundred_steps_on_gsm8k_rows_killed_resumed_and_graded(writer, tmp_pat
     assert sum(r["reward"] for r in found[1:11]) < 7.5 and sum(r["reward"] for r in found[-10:]) > 8.5
 
     evaluate = ["eval", "--model", str(run / "snapshots/000100"), "--task", "gsm8k", "--data", str(tmp_path / "test.jsonl")]
-    evaluate += ["--style", "d1", "--lengths", "12", "--block", "6", "--protocol", "strict"]
+    evaluate += ["--style", "d1", "--lengths", "10", "--block", "5", "--steps", "4", "--protocol", "strict"]
     assert main([*evaluate, "--out", str(tmp_path / "eval")]) == 0
     capsys.readouterr()
-    assert main(["grade", str(tmp_path / "eval/completions_12.jsonl"), "--task", "gsm8k", "--json"]) == 0
+    assert main(["grade", str(tmp_path / "eval/completions_10.jsonl"), "--task", "gsm8k", "--json"]) == 0
     grade = json.loads(capsys.readouterr().out)
     assert (grade["correct"], grade["total"]) == (2, 2)
 
@@ -132,7 +132,7 @@ def test_a_hundred_steps_on_gsm8k_rows_killed_resumed_and_graded(writer, tmp_pat
 def test_a_hundred_steps_on_d1s_sudoku_that_earn_nothing_change_nothing(llada, tmp_path, capsys):
     """From random weights no grid is ever solved: no advantage, d = 0, and so no update, however noisy the scores are."""
     given = dict(model=llada, task="sudoku", data=BENCHMARKS / "4x4_train_sudoku.csv", eval_data=BENCHMARKS / "4x4_test_sudoku.csv")
-    given |= dict(style="d1", length=8, block=8, decode_steps=4, eval_steps=4, eval_problems=2, prompts=1, group=2, steps=100, views=2)
+    given |= dict(style="d1", length=8, block=8, decode_steps=2, eval_steps=2, eval_problems=2, prompts=1, group=2, steps=100, views=2)
     given |= dict(lora="all-linear", lr=3e-3, eval_every=50, checkpoint_every=25, snapshots=1, device="cpu")
     run = tmp_path / "run"
     assert main(["train", "--run", str(run), *words(given)]) == 0

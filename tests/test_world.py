@@ -65,7 +65,7 @@ def assert_same_run(folder, alone):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)  # Adam's first steps have the sign of a gradient, rounded or not
 
 
-@pytest.mark.parametrize("way, changes", [("DDP", {}), ("FSDP2", {}), ("FSDP2", {"lora": "all-linear", "inner_steps": 2, "old_views": 3})])
+@pytest.mark.parametrize("way, changes", [("DDP", {}), ("FSDP2", {"lora": "all-linear", "inner_steps": 2, "old_views": 3})])
 def test_two_processes_train_as_one_does(way, changes, tmp_path):
     """Losses, rollouts, evaluations and saved weights; the moved weights make later steps agree only if all of the first does."""
     train(config(**changes), Folder(tmp_path / "alone"))
@@ -97,7 +97,7 @@ def test_a_run_of_two_of_which_one_is_preempted_goes_on_in_one(tmp_path):
 
 
 def test_a_run_of_one_goes_on_in_two_with_sharded_weights(tmp_path):
-    """Weights and the optimizer's moments are parted as they are read."""
+    """All weights are trained; they and the optimizer's moments are parted as they are read."""
     seen = []
     params = dataclasses.asdict(config(steps=4))
     folder = Folder(tmp_path / "run")

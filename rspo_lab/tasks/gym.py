@@ -167,7 +167,7 @@ class Gym:
 
 def _package():
     """reasoning_gym's registry of data sets; ValueError that names the mend if it is missing or of another version."""
-    mend = "pip install -e .[reasoning_gym]"
+    mend = "pip install -e .[reasoning-gym]"
     try:
         with _apart(0):  # modules of it draw as they are imported
             from reasoning_gym import factory
