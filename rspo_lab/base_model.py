@@ -12,7 +12,7 @@ import torch
 
 from rspo_lab.batch import Batch
 from rspo_lab.diagnostics import wilson
-from rspo_lab.evaluation import complete, solve_rate
+from rspo_lab.evaluation import complete, rewards, solve_rate
 from rspo_lab.held import KINDS
 from rspo_lab.keys import generator
 from rspo_lab.masks import count
@@ -87,8 +87,8 @@ def decoding_table(model: DiffusionLM, task: ModuleType, *, problems: int, seed:
     for temperature in (0.0, 1.0):
         for steps, threshold, block, cache in ways:
             how = {"steps": steps, "temperature": temperature, "threshold": threshold, "block": block, "cache": cache}
-            _, rollout = complete(model, task, examples, style="compact", length=0, generator=generator(seed, "evaluate", 0), **how)
-            rate = solve_rate(model, task, examples, seed=seed, **how)
+            batch, rollout = complete(model, task, examples, style="compact", length=0, generator=generator(seed, "evaluate", 0), **how)
+            rate = sum(r == 1 for r in rewards(model, task, examples, batch.completion, style="compact")) / problems
             low, high = wilson(round(rate * problems), problems)
             forwards = rollout.forwards.double().mean().item()
             rows.append(how | {"forwards": forwards, "solve_rate": rate, "low": low, "high": high, "n": problems})

@@ -101,7 +101,7 @@ def test_a_hundred_steps_on_gsm8k_rows_killed_resumed_and_graded(writer, tmp_pat
         rows = [json.dumps({"question": e.question, "answer": "Count them.\n#### 7"}) + "\n" for e in problems(who)]
         (tmp_path / f"{name}.jsonl").write_text("".join(rows))
     given = dict(model=writer, task="gsm8k", data=tmp_path / "train.jsonl", eval_data=tmp_path / "test.jsonl", style="d1", length=10)
-    given |= dict(block=5, decode_steps=4, eval_steps=4, eval_problems=2, prompts=2, group=3, steps=100, views=2, lam=0.03)
+    given |= dict(block=5, decode_steps=4, eval_steps=4, eval_problems=2, prompts=1, group=4, steps=100, views=2, lam=0.03)
     given |= dict(lora="all-linear", lr=3e-3, lora_rank=8, lora_alpha=16.0, warmup=0, eval_every=50, checkpoint_every=5, snapshots=1)
     given |= dict(device="cpu", seed=1)
     run = tmp_path / "run"
@@ -131,7 +131,9 @@ def test_a_hundred_steps_on_gsm8k_rows_killed_resumed_and_graded(writer, tmp_pat
 @pytest.mark.skipif(not BENCHMARKS.name, reason="RSPO_LAB_BENCHMARKS names no folder of benchmark files")
 def test_a_hundred_steps_on_d1s_sudoku_that_earn_nothing_change_nothing(llada, tmp_path, capsys):
     """From random weights no grid is ever solved: no advantage, d = 0, and so no update, however noisy the scores are."""
-    given = dict(model=llada, task="sudoku", data=BENCHMARKS / "4x4_train_sudoku.csv", eval_data=BENCHMARKS / "4x4_test_sudoku.csv")
+    rows = (BENCHMARKS / "4x4_train_sudoku.csv").read_text().splitlines(keepends=True)[:1001]
+    (tmp_path / "train.csv").write_text("".join(rows))
+    given = dict(model=llada, task="sudoku", data=tmp_path / "train.csv", eval_data=BENCHMARKS / "4x4_test_sudoku.csv")
     given |= dict(style="d1", length=8, block=8, decode_steps=2, eval_steps=2, eval_problems=2, prompts=1, group=2, steps=100, views=2)
     given |= dict(lora="all-linear", lr=3e-3, eval_every=50, checkpoint_every=25, snapshots=1, device="cpu")
     run = tmp_path / "run"
@@ -175,7 +177,8 @@ def test_presets_hold_the_published_settings_and_train(llada, name, tmp_path, ca
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["lr"] == 3e-6 and config["max_grad_norm"] == 0.2 and config["prompts"] == 2 and config["lora"] == "d1"
     assert [r["step"] for r in records(tmp_path / "run")] == [0, 1]
-    assert starting_point(TrainConfig(**config))["largest |d|, shared masks"] == 0  # as notebook 02 begins, also without the hub
+    if name == "gsm8k":  # notebook 02 begins with this, also without the hub
+        assert starting_point(TrainConfig(**config))["largest |d|, shared masks"] == 0
 
 
 def test_a_run_of_a_study_that_is_not_there_is_named(tmp_path, capsys):

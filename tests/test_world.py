@@ -79,7 +79,7 @@ def test_two_processes_train_as_one_does(way, changes, tmp_path):
 
 def test_a_run_of_two_of_which_one_is_preempted_goes_on_in_one(tmp_path):
     """SIGTERM to the second process alone: both end after one step, and its checkpoint is whole weights."""
-    longer = config(steps=16, eval_every=16, eval_problems=1, lora="all-linear")
+    longer = config(steps=10, eval_every=10, eval_problems=1, lora="all-linear")
     folder = tmp_path / "run"
     with launch("FSDP2", folder, longer) as process:
         for _ in range(1200):
