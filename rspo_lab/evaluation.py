@@ -61,16 +61,15 @@ def rewards(model: DiffusionLM, task: Task, examples: list, completion: torch.Te
 
 
 def solve_rate(
-    model: DiffusionLM, task: Task, examples: list, *, seed: int, style: str = "compact", length: int = 0, block: int = 0,
-    steps: int = 0, temperature: float = 0.0, threshold: float = 1.0, cache: str = "none",
+    model: DiffusionLM, task: Task, examples: list, *, seed: int, style: str = "compact", length: int = 0, block: int = 0, steps: int = 0
 ) -> float:  # fmt: skip
-    """Share of problems solved with one completion each: greedy, one token a step in one block, unless said otherwise."""
+    """Share of problems solved with one greedy completion each, one token a step in one block unless said otherwise."""
     solved = []
     for start in range(0, len(examples), 256):
         part = examples[start : start + 256]
         batch, _ = complete(
-            model, task, part, style=style, length=length, block=block, steps=steps, temperature=temperature, threshold=threshold,
-            generator=generator(seed, "evaluate", start), cache=cache,
+            model, task, part, style=style, length=length, block=block, steps=steps, temperature=0.0, threshold=1.0,
+            generator=generator(seed, "evaluate", start),
         )  # fmt: skip
         solved += [reward == 1 for reward in rewards(model, task, part, batch.completion, style=style)]
     return sum(solved) / len(solved)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_real_models import LLADA, LLADA_NAMES, tensors_of
+from test_training import Folder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rspo_lab.batch import Batch
@@ -22,7 +23,7 @@ from rspo_lab.masks import count
 from rspo_lab.model import load
 from rspo_lab.study import read_study
 from rspo_lab.tasks import gsm8k, sudoku
-from rspo_lab.training import starting_point
+from rspo_lab.training import starting_point, train
 
 STUDIES = Path(__file__).parent.parent / "notebooks/studies"
 BENCHMARKS = Path(os.environ.get("RSPO_LAB_BENCHMARKS", ""))
@@ -130,13 +131,17 @@ def test_a_hundred_steps_on_gsm8k_rows_killed_resumed_and_graded(writer, tmp_pat
 
 @pytest.mark.skipif(not BENCHMARKS.name, reason="RSPO_LAB_BENCHMARKS names no folder of benchmark files")
 def test_a_hundred_steps_on_d1s_sudoku_that_earn_nothing_change_nothing(llada, tmp_path, capsys):
-    """From random weights no grid is ever solved: no advantage, d = 0, and so no update, however noisy the scores are."""
+    """From random weights no grid is ever solved: no advantage, d = 0, so no update however noisy the scores; stopped, resumed, graded."""
     rows = (BENCHMARKS / "4x4_train_sudoku.csv").read_text().splitlines(keepends=True)[:1001]
     (tmp_path / "train.csv").write_text("".join(rows))
     given = dict(model=llada, task="sudoku", data=tmp_path / "train.csv", eval_data=BENCHMARKS / "4x4_test_sudoku.csv")
     given |= dict(style="d1", length=8, block=8, decode_steps=2, eval_steps=2, eval_problems=2, prompts=1, group=2, steps=100, views=2)
     given |= dict(lora="all-linear", lr=3e-3, eval_every=50, checkpoint_every=25, snapshots=1, device="cpu")
     run = tmp_path / "run"
+    stopped, seen = Folder(run), []
+    train(TrainConfig(**{k: str(v) if isinstance(v, Path) else v for k, v in given.items()}), stopped, on_step=seen.append,
+          should_stop=lambda: len(seen) > 40)  # fmt: skip
+    assert stopped.stopped and len(records(run)) == 41
     assert main(["train", "--run", str(run), *words(given)]) == 0
     found = records(run)
     assert [r["step"] for r in found] == list(range(101)) and found[-1]["eval_solve_rate"] == 0

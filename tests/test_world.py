@@ -65,7 +65,10 @@ def assert_same_run(folder, alone):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)  # Adam's first steps have the sign of a gradient, rounded or not
 
 
-@pytest.mark.parametrize("way, changes", [("DDP", {}), ("FSDP2", {"lora": "all-linear", "inner_steps": 2, "old_views": 3})])
+LORA = {"lora": "all-linear", "inner_steps": 2, "old_views": 3, "cache": "dual", "block": 4}
+
+
+@pytest.mark.parametrize("way, changes", [("DDP", {}), ("FSDP2", LORA)])
 def test_two_processes_train_as_one_does(way, changes, tmp_path):
     """Losses, rollouts, evaluations and saved weights; the moved weights make later steps agree only if all of the first does."""
     train(config(**changes), Folder(tmp_path / "alone"))
