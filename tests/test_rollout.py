@@ -180,13 +180,20 @@ def test_held_logits_are_those_of_the_ids_that_were_there(model):
     torch.testing.assert_close(again(elsewhere), again(changed), rtol=0, atol=0)  # dual: what stands behind the block is not read
 
 
-def test_a_row_that_is_full_is_left_alone_while_keys_are_held(model):
+def test_a_row_that_is_full_is_left_alone_while_keys_are_held():
+    """And the others are drawn from their own logits: with one layer all is as without held keys."""
+    model = tiny("0123456789=", seed=3, layers=1, width=32)
     prompt, prompt_valid = model.encode(["12=", "3="])
     canvas = model.encode_canvas(["12345?78", "????????"])
-    rollout = generate(
-        model.logits, prompt, prompt_valid, canvas=canvas, mask_id=model.mask_id, block=4, steps=8, temperature=1.0,
-        generator=torch.Generator().manual_seed(0), hold=partial(model.hold, suffix=True),
+    exact, held = (
+        generate(
+            model.logits, prompt, prompt_valid, canvas=canvas, mask_id=model.mask_id, block=4, steps=8, temperature=1.0,
+            generator=torch.Generator().manual_seed(0), hold=hold,
+        )
+        for hold in (None, partial(model.hold, suffix=True))
     )  # fmt: skip
     given = canvas != model.mask_id
-    assert (rollout.completion == canvas)[given].all() and (rollout.step == -1).equal(given)
-    assert rollout.forwards.tolist() == [1, 8] and model.mask_id not in rollout.completion
+    assert (held.completion == canvas)[given].all() and (held.step == -1).equal(given)
+    assert held.forwards.tolist() == [1, 8] and model.mask_id not in held.completion
+    assert torch.equal(held.completion, exact.completion) and torch.equal(held.step, exact.step)
+    torch.testing.assert_close(held.confidence, exact.confidence, rtol=0, atol=1e-6)
