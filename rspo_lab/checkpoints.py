@@ -13,8 +13,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rspo_lab.config import TrainConfig
-from rspo_lab.files import replacing
-from rspo_lab.world import World, parted, whole
+from rspo_lab.runs.files import replacing
+from rspo_lab.distributed import World, parted, whole
 
 RECORDS = ("metrics", "sequences", "timing", "profile")  # the jsonl files of a run, a line a step or evaluation
 

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rspo_lab.parameters import Parameter, ParameterError, coerce, complete, declared, fields, unknown
-from rspo_lab.runs import RunError, load_runs, open_run, runs_root
+from rspo_lab.runs.parameters import Parameter, ParameterError, coerce, complete, declared, fields, unknown
+from rspo_lab.runs.run import RunError, load_runs, open_run, runs_root
 
 
 class UsageError(ValueError):
@@ -150,7 +150,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.list:
         return _list(parameters)
     given = _values(parameters, args.given)
-    from rspo_lab.notebook import run_notebook
+    from rspo_lab.runs.notebook import run_notebook
 
     runs = args.runs or runs_root(args.notebook)
     try:
@@ -167,7 +167,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from rspo_lab.training import TrainConfig, train
-    from rspo_lab.world import joined
+    from rspo_lab.distributed import joined
 
     parameters = fields(TrainConfig)
     if args.list:
@@ -205,7 +205,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _run_of_study(file: str, name: str) -> dict[str, Any]:
     """The parameters of one run of a study, as its notebook would have them on a GPU."""
-    from rspo_lab.study import read_study
+    from rspo_lab.sweeps.study import read_study
 
     points = read_study(Path(file), Path("runs"), "gpu").points
     found = [point for point in points if point.name == name and point.notebook.name == "02_train.ipynb"]
@@ -216,7 +216,7 @@ def _run_of_study(file: str, name: str) -> dict[str, Any]:
 
 
 def _grade(args: argparse.Namespace) -> int:
-    from rspo_lab.grading import grade
+    from rspo_lab.benchmarks.grade import grade
 
     found = grade(args.file, args.task, args.protocol)
     print(found.to_json() if args.json else found.to_text())
@@ -224,7 +224,7 @@ def _grade(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from rspo_lab.benchmark import BenchmarkConfig, benchmark, counts
+    from rspo_lab.benchmarks.evaluate import BenchmarkConfig, benchmark, counts
 
     config = BenchmarkConfig(**{name: value for name in fields(BenchmarkConfig) if (value := getattr(args, name)) is not None})
     lengths, ks, said = counts(args.lengths or ""), counts(args.k or ""), partial(print, file=sys.stderr, flush=True)
@@ -234,7 +234,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _runs(args: argparse.Namespace) -> int:
-    from rspo_lab.board import table
+    from rspo_lab.sweeps.progress import table
 
     frame = load_runs(args.folder)
     print(table(frame) if len(frame) else f"no runs in {args.folder}")
@@ -242,7 +242,7 @@ def _runs(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from rspo_lab.study import NOTEBOOKS, grid_study, grid_values, read_study
+    from rspo_lab.sweeps.study import NOTEBOOKS, grid_study, grid_values, read_study
 
     is_study = args.target.suffix in (".yaml", ".yml")
     if is_study and (args.grid or args.given):
@@ -260,7 +260,7 @@ def _sweep(args: argparse.Namespace) -> int:
     else:
         values = _values(declared(args.target), args.given)
         study = grid_study(args.target.resolve(), values, grid_values(args.target, args.grid), root)
-    from rspo_lab.sweep import plan, resources, summary, sweep
+    from rspo_lab.sweeps.sweep import plan, resources, summary, sweep
 
     on = resources(args.cluster, jobs=args.jobs, gpus=args.gpus, timeout_min=args.timeout, slurm=tuple(args.slurm))
     if args.dry_run:
@@ -273,14 +273,14 @@ def _sweep(args: argparse.Namespace) -> int:
         states = sweep(study, root, on)
     except RuntimeError as error:  # of sbatch or squeue
         return _complain(str(error), 1)
-    from rspo_lab.report import report
+    from rspo_lab.sweeps.report import report
 
     print(f"report: {report(root)}\n{summary(states)}", flush=True)
     return 0 if set(states.values()) == {"done"} else 1
 
 
 def _report(args: argparse.Namespace) -> int:
-    from rspo_lab.report import report
+    from rspo_lab.sweeps.report import report
 
     print(report(args.folder))
     return 0

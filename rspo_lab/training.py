@@ -20,17 +20,17 @@ from rspo_lab.checkpoints import RECORDS, append, kept, resume, save, save_snaps
 from rspo_lab.config import TrainConfig
 from rspo_lab.diagnostics import gap_summary
 from rspo_lab.estimators import elbo_draws
-from rspo_lab.evaluation import complete, rewards, solve_rate
-from rspo_lab.files import write_json
-from rspo_lab.interrupts import noted
-from rspo_lab.keys import generator
-from rspo_lab.masks import design as design_named
-from rspo_lab.model import DiffusionLM, add_lora, load, reference_of, shard
-from rspo_lab.scores import accumulate_gradient, design_chooser, scorings
+from rspo_lab.decoding import complete, rewards, solve_rate
+from rspo_lab.runs.files import write_json
+from rspo_lab.runs.interrupts import noted
+from rspo_lab.random_streams import generator
+from rspo_lab.masks.designs import design as design_named
+from rspo_lab.models.diffusion_lm import DiffusionLM, add_lora, load, reference_of, shard
+from rspo_lab.update import accumulate_gradient, design_chooser, scorings
 from rspo_lab.tasks import task as task_named
-from rspo_lab.tracking import tracking
-from rspo_lab.views import CountProfile, count_profile
-from rspo_lab.world import ALONE, World, whole
+from rspo_lab.runs.tracking import tracking
+from rspo_lab.masks.allocation import CountProfile, count_profile
+from rspo_lab.distributed import ALONE, World, whole
 
 
 class Diverged(RuntimeError):

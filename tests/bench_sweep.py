@@ -10,9 +10,9 @@ from pathlib import Path
 
 from throwaway import make
 
-from rspo_lab.notebook import run_notebook
-from rspo_lab.study import grid_study
-from rspo_lab.sweep import resources, sweep
+from rspo_lab.runs.notebook import run_notebook
+from rspo_lab.sweeps.study import grid_study
+from rspo_lab.sweeps.sweep import resources, sweep
 
 POINTS, SLOTS = 12, 2
 

@@ -5,8 +5,15 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 LIBRARY = Path(__file__).parent.parent / "rspo_lab"
-NO_HOOK = {"architectures"}  # jaxtyping would wrap the inherited dataclass initialiser of transformers' configs
-install_import_hook([f"rspo_lab.{p.stem}" for p in LIBRARY.iterdir() if p.stem not in NO_HOOK], "beartype.beartype")
+NO_HOOK = {
+    "architectures"
+}  # jaxtyping would wrap the inherited dataclass initialiser of transformers' configs
+MODULES = [
+    path.relative_to(LIBRARY.parent).with_suffix("")
+    for path in LIBRARY.rglob("*.py")
+    if path.stem not in NO_HOOK | {"__init__"}
+]
+install_import_hook([".".join(module.parts) for module in MODULES], "beartype.beartype")
 
 import types  # noqa: E402
 
@@ -19,9 +26,11 @@ torch.set_num_threads(1)
 
 
 def table_denoiser(tokens: int, vocabulary: int, seed: int) -> torch.nn.Module:
-    """A float64 denoiser with independent random conditionals for every visible context: as inconsistent as can be.
+    """A float64 denoiser with independent random conditionals for every visible context: as
+    inconsistent as can be.
 
-    Positions 0..tokens-1, ids 0..vocabulary-1; the context is the completion with `vocabulary` at hidden positions.
+    Positions 0..tokens-1, ids 0..vocabulary-1; the context is the completion with `vocabulary` at
+    hidden positions.
     """
 
     class Table(torch.nn.Module):
@@ -29,7 +38,9 @@ def table_denoiser(tokens: int, vocabulary: int, seed: int) -> torch.nn.Module:
             super().__init__()
             generator = torch.Generator().manual_seed(seed)
             shape = ((vocabulary + 1) ** tokens, tokens, vocabulary)
-            self.logits = torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+            self.logits = torch.nn.Parameter(
+                torch.randn(shape, generator=generator, dtype=torch.float64)
+            )
 
         def forward(self, batch, hidden):
             context = batch.completion.masked_fill(hidden, vocabulary)
@@ -50,12 +61,27 @@ def completions(rows: list[list[int]], valid: list[list[bool]] | None = None) ->
 
 @pytest.fixture
 def small():
-    """4 tokens of 3 ids: a table policy, a table reference, and three completions, one of them shorter."""
-    batch = completions([[0, 1, 2, 0], [2, 2, 1, 0], [1, 0, 2, 2]], [[True] * 4, [True] * 4, [True, True, True, False]])
-    return types.SimpleNamespace(policy=table_denoiser(4, 3, 0), reference=table_denoiser(4, 3, 1), batch=batch)
+    """4 tokens of 3 ids: a table policy, a table reference, and three completions, one of them
+    shorter.
+    """
+    batch = completions(
+        [[0, 1, 2, 0], [2, 2, 1, 0], [1, 0, 2, 2]],
+        [[True] * 4, [True] * 4, [True, True, True, False]],
+    )
+    return types.SimpleNamespace(
+        policy=table_denoiser(4, 3, 0), reference=table_denoiser(4, 3, 1), batch=batch
+    )
 
 
-SLOW = ("test_world", "test_real_size", "test_notebooks", "test_browser", "test_training", "test_sweep", "test_measurement")
+SLOW = (
+    "test_world",
+    "test_real_size",
+    "test_notebooks",
+    "test_browser",
+    "test_training",
+    "test_sweep",
+    "test_measurement",
+)
 
 
 def pytest_collection_modifyitems(items):

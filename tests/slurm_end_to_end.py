@@ -17,8 +17,8 @@ import pytest
 from test_sweep import COUNTING, PARAMETERS, starts
 from throwaway import make
 
-from rspo_lab.files import read_json
-from rspo_lab.runs import alive
+from rspo_lab.runs.files import read_json
+from rspo_lab.runs.run import alive
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge"]
 CONF = """

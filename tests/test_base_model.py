@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rspo_lab.base_model import decoding, decoding_table, pretrain
-from rspo_lab.evaluation import solve_rate
-from rspo_lab.model import load, tiny
+from rspo_lab.pretraining import decoding, decoding_table, pretrain
+from rspo_lab.decoding import solve_rate
+from rspo_lab.models.diffusion_lm import load, tiny
 from rspo_lab.tasks import countdown, sudoku
 
 DATA = Path(__file__).parent.parent / "data"

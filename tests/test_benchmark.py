@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rspo_lab import model as models
-from rspo_lab import runs
-from rspo_lab.benchmark import BenchmarkConfig, benchmark
+from rspo_lab.models import diffusion_lm as models
+from rspo_lab.runs import run as runs
+from rspo_lab.benchmarks.evaluate import BenchmarkConfig, benchmark
 from rspo_lab.cli import main
-from rspo_lab.evaluation import prompts, texts
-from rspo_lab.grading import grade, pass_at_k
-from rspo_lab.runs import RunError
+from rspo_lab.decoding import prompts, texts
+from rspo_lab.benchmarks.grade import grade, pass_at_k
+from rspo_lab.runs.run import RunError
 from rspo_lab.tasks import gsm8k, sudoku
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +88,7 @@ def test_samples_give_pass_at_k(tmp_path):
 
 
 def grade_width(correct, n):
-    from rspo_lab.grading import wilson
+    from rspo_lab.benchmarks.grade import wilson
 
     low, high = wilson(correct / n, n)
     return high - low

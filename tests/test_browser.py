@@ -19,9 +19,9 @@ import nbformat
 import pytest
 from test_study import written
 
-from rspo_lab.files import read_json, write_json
-from rspo_lab.parameters import declared
-from rspo_lab.report import report
+from rspo_lab.runs.files import read_json, write_json
+from rspo_lab.runs.parameters import declared
+from rspo_lab.sweeps.report import report
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from throwaway import make
 
-from rspo_lab import runs as runs_module
+from rspo_lab.runs import run as runs_module
 from rspo_lab.cli import main
-from rspo_lab.files import read_json
-from rspo_lab.runs import load_runs, open_run, release
+from rspo_lab.runs.files import read_json
+from rspo_lab.runs.run import load_runs, open_run, release
 
 HEAVY = ("torch", "papermill", "pandas", "matplotlib", "IPython", "nbformat", "transformers", "numpy")
 
@@ -159,7 +159,7 @@ def test_the_real_training_options_are_of_types_that_cross(capsys):
 
 
 def test_a_run_in_use_is_exit_2(capsys, training):
-    code = "import pathlib, rspo_lab.runs as r; r.open_run(pathlib.Path('x'), {}); print('open', flush=True); input()"
+    code = "import pathlib, rspo_lab.runs.run as r; r.open_run(pathlib.Path('x'), {}); print('open', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"open\n"
         assert main(["train", "--run", "x", "-p", "task", "a"]) == 2

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rspo_lab.diagnostics import correlation, gap_summary, mean_interval, variance_se, wilson
-from rspo_lab.gap import gap_table
-from rspo_lab.score_noise import factors
+from rspo_lab.measure.gap import gap_table
+from rspo_lab.measure.score_noise import factors
 
 
 def test_gap_summary_by_hand():

@@ -12,15 +12,15 @@ import pandas as pd
 import pytest
 import torch
 
-from rspo_lab import explore, explorer
+from rspo_lab.interactive import explorer, session as explore
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import log_ratio_draws
-from rspo_lab.explore_plots import decoding_html, panels_figure
-from rspo_lab.files import write_json
-from rspo_lab.gap import through_training
-from rspo_lab.keys import generator
-from rspo_lab.masks import DESIGNS
-from rspo_lab.model import load, reference_of
+from rspo_lab.figures.explore import decoding_html, panels_figure
+from rspo_lab.runs.files import write_json
+from rspo_lab.measure.gap import through_training
+from rspo_lab.random_streams import generator
+from rspo_lab.masks.designs import DESIGNS
+from rspo_lab.models.diffusion_lm import load, reference_of
 from rspo_lab.oracle import count_moments
 from rspo_lab.tasks import sudoku
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rspo_lab import grading
-from rspo_lab.grading import grade
+from rspo_lab.benchmarks import grade as grading
+from rspo_lab.benchmarks.grade import grade
 
 COUNTDOWN = {"question": "Numbers: [3, 7, 2]\nTarget: 23", "completion": "<answer>3*7+2=23</answer>", "ground_truth": [[3, 7, 2], 23]}
 SUDOKU = {

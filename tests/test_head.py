@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rspo_lab.head import head_logits, token_logp
+from rspo_lab.models.vocabulary_head import head_logits, token_logp
 
 
 def example(rows=7, width=5, vocabulary=11, dtype=torch.float64):

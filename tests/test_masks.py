@@ -11,8 +11,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from rspo_lab import masks as masks_module
-from rspo_lab.masks import DESIGNS, count, coupled, cyck, cycle, design, gauss, left_to_right, one_step, spg_block, systematic, t_redraw
+from rspo_lab.masks import designs as masks_module
+from rspo_lab.masks.designs import DESIGNS, count, coupled, cyck, cycle, design, gauss, left_to_right, one_step, spg_block, systematic, t_redraw
 
 U = 4
 SUBSETS = [s for n in range(1, U + 1) for s in itertools.combinations(range(U), n)]

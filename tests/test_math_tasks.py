@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from rspo_lab.config import TrainConfig
-from rspo_lab.grading import grade
+from rspo_lab.benchmarks.grade import grade
 from rspo_lab.tasks import countdown, equality, gsm8k, math500, math_d1, task
 
 APPLES = gsm8k.Example("a", "How many apples?", 1234.0)

@@ -7,16 +7,17 @@ import pytest
 import torch
 from conftest import completions, table_denoiser
 
-from rspo_lab import gradient_noise, objectives, score_noise
+from rspo_lab import objectives
+from rspo_lab.measure import gradient_noise, score_noise
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import elbo_draws, log_ratio_draws
-from rspo_lab.gap import gap_samples
-from rspo_lab.gradient_noise import gradient_rows, rollout_noise, scheme
-from rspo_lab.masks import DESIGNS
+from rspo_lab.measure.gap import gap_samples
+from rspo_lab.measure.gradient_noise import gradient_rows, rollout_noise, scheme
+from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.oracle import count_moments, exact_elbo, exact_scores, subset_tables
-from rspo_lab.score_noise import score_rows, table_anova, table_estimates
-from rspo_lab.scores import scorings
-from rspo_lab.style import design_look
+from rspo_lab.measure.score_noise import score_rows, table_anova, table_estimates
+from rspo_lab.update import scorings
+from rspo_lab.figures.style import design_look
 from rspo_lab.training import Rollouts
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rspo_lab.batch import Batch, valid_until_end
-from rspo_lab.model import add_lora, load, reference_of, tiny
+from rspo_lab.models.diffusion_lm import add_lora, load, reference_of, tiny
 
 
 @pytest.fixture

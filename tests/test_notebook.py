@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 from throwaway import make
 
-from rspo_lab import notebook as notebook_module
-from rspo_lab.files import read_json
-from rspo_lab.notebook import Outcome, run_notebook
-from rspo_lab.parameters import ParameterError, complete, declared
-from rspo_lab.runs import RunError, load_runs, open_run, release, run_path, runs_root
+from rspo_lab.runs import notebook as notebook_module
+from rspo_lab.runs.files import read_json
+from rspo_lab.runs.notebook import Outcome, run_notebook
+from rspo_lab.runs.parameters import ParameterError, complete, declared
+from rspo_lab.runs.run import RunError, load_runs, open_run, release, run_path, runs_root
 
 FIGURE = """import os, pathlib, sys, time
 import pandas as pd
@@ -81,7 +81,7 @@ def test_a_directory_in_use_by_a_live_process_is_refused(folder):
     notebook = make(folder)
     path = run_path(notebook, complete(declared(notebook), {}), runs_root(notebook))
     opened = f"r.open_run(pathlib.Path({str(path)!r}), json.loads(input())); print('open', flush=True); input()"
-    code = f"import json, pathlib, rspo_lab.runs as r; {opened}"
+    code = f"import json, pathlib, rspo_lab.runs.run as r; {opened}"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with other:
         other.stdin.write(json.dumps(complete(declared(notebook), {})) + "\n")

@@ -14,10 +14,10 @@ import pytest
 
 from rspo_lab.checkpoints import trained_run
 from rspo_lab.config import TrainConfig
-from rspo_lab.files import read_json
-from rspo_lab.gap import through_training
-from rspo_lab.notebook import run_notebook
-from rspo_lab.parameters import declared
+from rspo_lab.runs.files import read_json
+from rspo_lab.measure.gap import through_training
+from rspo_lab.runs.notebook import run_notebook
+from rspo_lab.runs.parameters import declared
 from rspo_lab.tasks import TASKS
 
 FOLDER = Path(__file__).parent.parent / "notebooks"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from throwaway import make
 
-from rspo_lab.parameters import Parameter, ParameterError, check, coerce, complete, declared, fields
+from rspo_lab.runs.parameters import Parameter, ParameterError, check, coerce, complete, declared, fields
 
 
 def test_declared_reads_types_literals_and_comments(tmp_path):

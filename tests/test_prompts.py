@@ -7,10 +7,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from rspo_lab.evaluation import prompts
-from rspo_lab.model import DiffusionLM, tiny
+from rspo_lab.decoding import prompts
+from rspo_lab.models.diffusion_lm import DiffusionLM, tiny
 from rspo_lab.tasks import gsm8k
-from rspo_lab.tokenizer import read_tokenizer
+from rspo_lab.models.tokenizer import read_tokenizer
 
 LLADA_TEMPLATE = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + "

@@ -11,10 +11,12 @@ import pytest
 import torch
 from test_training import Folder
 
-from rspo_lab import masks, model, objectives, tasks
+from rspo_lab import objectives, tasks
+from rspo_lab.masks import designs as masks
+from rspo_lab.models import diffusion_lm as model
 from rspo_lab.cli import _joined, _parser
 from rspo_lab.config import TrainConfig
-from rspo_lab.study import read_study
+from rspo_lab.sweeps.study import read_study
 from rspo_lab.training import train
 
 ROOT = Path(__file__).parent.parent

@@ -16,12 +16,12 @@ from transformers import Qwen2Tokenizer
 
 from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
-from rspo_lab.head import token_logp
-from rspo_lab.masks import count
-from rspo_lab.model import add_lora, load, reference_of
+from rspo_lab.models.vocabulary_head import token_logp
+from rspo_lab.masks.designs import count
+from rspo_lab.models.diffusion_lm import add_lora, load, reference_of
 from rspo_lab.objectives import Loss
-from rspo_lab.scores import accumulate_gradient
-from rspo_lab.tokenizer import char_tokenizer
+from rspo_lab.update import accumulate_gradient
+from rspo_lab.models.tokenizer import char_tokenizer
 from rspo_lab.training import train
 
 LLADA = {  # a published config.json, at another size
@@ -294,7 +294,7 @@ def test_the_head_in_pieces_gives_the_same_gradients(tmp_path, monkeypatch, kind
     model = load(tmp_path, dtype=torch.float64)
     batch, slope = batch_of(model), torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     full = torch.autograd.grad((model(batch, batch.valid) * slope).sum(), list(model.parameters()))
-    monkeypatch.setattr("rspo_lab.model.token_logp", functools.partial(token_logp, chunk=300))
+    monkeypatch.setattr("rspo_lab.models.diffusion_lm.token_logp", functools.partial(token_logp, chunk=300))
     pieces = torch.autograd.grad((model(batch, batch.valid) * slope).sum(), list(model.parameters()))
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(full, pieces))
 

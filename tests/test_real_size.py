@@ -17,11 +17,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from rspo_lab.batch import Batch
 from rspo_lab.cli import main
 from rspo_lab.config import TrainConfig
-from rspo_lab.evaluation import prompts
-from rspo_lab.keys import generator
-from rspo_lab.masks import count
-from rspo_lab.model import load
-from rspo_lab.study import read_study
+from rspo_lab.decoding import prompts
+from rspo_lab.random_streams import generator
+from rspo_lab.masks.designs import count
+from rspo_lab.models.diffusion_lm import load
+from rspo_lab.sweeps.study import read_study
 from rspo_lab.tasks import gsm8k, sudoku
 from rspo_lab.training import starting_point, train
 

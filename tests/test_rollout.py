@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from rspo_lab.model import tiny
-from rspo_lab.rollout import generate
+from rspo_lab.models.diffusion_lm import tiny
+from rspo_lab.sampler import generate
 
 
 def slow(model, prompt, prompt_valid, length, block, steps):

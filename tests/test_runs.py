@@ -10,11 +10,11 @@ import pytest
 from matplotlib.figure import Figure
 from throwaway import make
 
-from rspo_lab import provenance
-from rspo_lab import runs as runs_module
-from rspo_lab.files import read_json, replacing
-from rspo_lab.parameters import ParameterError, complete, declared
-from rspo_lab.runs import RunError, load_runs, open_run, release, run_path, start_run
+from rspo_lab.runs import provenance
+from rspo_lab.runs import run as runs_module
+from rspo_lab.runs.files import read_json, replacing
+from rspo_lab.runs.parameters import ParameterError, complete, declared
+from rspo_lab.runs.run import RunError, load_runs, open_run, release, run_path, start_run
 
 
 @pytest.fixture(autouse=True)

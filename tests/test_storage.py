@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from throwaway import make
 
-from rspo_lab.files import read_json
+from rspo_lab.runs.files import read_json
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [
@@ -88,7 +88,7 @@ HUNDRED = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from rspo_lab.notebook import run_notebook
+from rspo_lab.runs.notebook import run_notebook
 def one(i):
     return run_notebook(Path(sys.argv[1]), {"steps": i}, runs=Path(sys.argv[2]), report=lambda line: None)
 with ThreadPoolExecutor(100) as pool:

@@ -12,16 +12,16 @@ import pandas as pd
 import pytest
 from throwaway import make
 
-from rspo_lab import sweep as module
-from rspo_lab.board import Board
+from rspo_lab.sweeps import sweep as module
+from rspo_lab.sweeps.progress import Board
 from rspo_lab.cli import main
-from rspo_lab.files import read_json, write_json
-from rspo_lab.interrupts import children
-from rspo_lab.jobs import Here, NotebookJob
-from rspo_lab.parameters import ParameterError
-from rspo_lab.runs import claim, load_runs, release
-from rspo_lab.study import Point, Study, grid_study, grid_values
-from rspo_lab.sweep import resources, summary, sweep
+from rspo_lab.runs.files import read_json, write_json
+from rspo_lab.runs.interrupts import children
+from rspo_lab.sweeps.jobs import Here, NotebookJob
+from rspo_lab.runs.parameters import ParameterError
+from rspo_lab.runs.run import claim, load_runs, release
+from rspo_lab.sweeps.study import Point, Study, grid_study, grid_values
+from rspo_lab.sweeps.sweep import resources, summary, sweep
 
 COUNTING = """import json, os, time
 import pandas as pd
@@ -162,7 +162,7 @@ def test_what_another_process_runs_is_waited_for(notebook, tmp_path):
 
 
 def read_params(study: Study) -> dict:
-    from rspo_lab.parameters import complete, declared
+    from rspo_lab.runs.parameters import complete, declared
 
     return complete(declared(study.points[0].notebook), study.points[0].given)
 

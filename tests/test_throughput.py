@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from rspo_lab import naive, throughput
+from rspo_lab.measure import naive, throughput
 from rspo_lab.batch import Batch
-from rspo_lab.cost import LiveTensors, flop, peak_bytes
-from rspo_lab.keys import generator
-from rspo_lab.masks import count
-from rspo_lab.model import add_lora
-from rspo_lab.naive import NaiveLM, naive_generate
-from rspo_lab.throughput_plots import throughput_figure
+from rspo_lab.measure.cost import LiveTensors, flop, peak_bytes
+from rspo_lab.random_streams import generator
+from rspo_lab.masks.designs import count
+from rspo_lab.models.diffusion_lm import add_lora
+from rspo_lab.measure.naive import NaiveLM, naive_generate
+from rspo_lab.figures.throughput import throughput_figure
 
 WIDTH, FFN, VOCAB, RANK, PROMPT, COMPLETION = 32, 48, 3000, 4, 5, 12
 SHAPE = {"width": WIDTH, "ffn": FFN, "vocab": VOCAB, "heads": 2, "layers": 1, "positions": PROMPT + COMPLETION, "seed": 0}

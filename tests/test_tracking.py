@@ -6,7 +6,7 @@ import types
 import pytest
 
 from rspo_lab.config import TrainConfig
-from rspo_lab.tracking import VARIABLE, tracking
+from rspo_lab.runs.tracking import VARIABLE, tracking
 
 CONFIG = TrainConfig(model="base-sudoku", task="sudoku")
 

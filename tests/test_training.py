@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from rspo_lab import config as config_module
-from rspo_lab import scores, training
+from rspo_lab import training, update as scores
 from rspo_lab.batch import Batch
 from rspo_lab.checkpoints import trained_run
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import elbo_draws
-from rspo_lab.masks import count
-from rspo_lab.model import load, reference_of
+from rspo_lab.masks.designs import count
+from rspo_lab.models.diffusion_lm import load, reference_of
 from rspo_lab.objectives import RECIPES, rspo
-from rspo_lab.scores import accumulate_gradient
+from rspo_lab.update import accumulate_gradient
 from rspo_lab.tasks import sudoku
 from rspo_lab.training import Diverged, Preempted, held_still, train
 

@@ -8,9 +8,9 @@ import torch
 
 from rspo_lab.batch import Batch
 from rspo_lab.estimators import elbo_draws
-from rspo_lab.masks import design
+from rspo_lab.masks.designs import design
 from rspo_lab.oracle import exact_elbo, subset_tables
-from rspo_lab.views import CountProfile, allocate, common, count_profile, drawn, recommend_design
+from rspo_lab.masks.allocation import CountProfile, allocate, common, count_profile, drawn, recommend_design
 
 
 def seeded(seed=0):

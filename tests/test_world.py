@@ -18,7 +18,7 @@ from test_training import Folder
 
 from rspo_lab.config import TrainConfig
 from rspo_lab.training import train
-from rspo_lab.world import joined
+from rspo_lab.distributed import joined
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
@@ -118,8 +118,8 @@ PRIMITIVES = """
 import sys
 from pathlib import Path
 import torch
-from rspo_lab.model import load
-from rspo_lab.world import joined
+from rspo_lab.models.diffusion_lm import load
+from rspo_lab.distributed import joined
 
 with joined("cpu") as world:
     assert world.size == 3 and world.first(lambda: world.rank) == 0

@@ -12,7 +12,7 @@ data: str | None = None"""
 def make(folder: Path, *cells: str, parameters: str = PARAMETERS, name: str = "demo.ipynb") -> Path:
     """A notebook of a parameters cell, a cell that starts the run, and these cells."""
     first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    start = f'from rspo_lab.runs import start_run\nrun = start_run("{name}", globals())'
+    start = f'from rspo_lab.runs.run import start_run\nrun = start_run("{name}", globals())'
     book = nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, [start, *cells])])
     book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(book, folder / name)

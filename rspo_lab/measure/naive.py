@@ -1,0 +1,75 @@
+"""The plain way to score, decode and train, which the library's own is measured against: logits of everything, one graph.
+
+Shapes: B sequences of S = P + L tokens, V vocabulary.  Nats.  Every function gives what its counterpart gives; prompts have no padding.
+"""
+
+import os
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rspo_lab.batch import Batch
+from rspo_lab.estimators import elbo_draws
+from rspo_lab.masks.designs import Masks
+from rspo_lab.models.diffusion_lm import DiffusionLM
+from rspo_lab.objectives import Loss
+
+
+class NaiveLM(DiffusionLM):
+    """A `DiffusionLM` whose head is on all P + L positions, in float32."""
+
+    def forward(self, batch: Batch, hidden: Bool[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+        ids = torch.cat([batch.prompt, batch.completion.masked_fill(hidden, self.mask_id)], 1)
+        logp = self.all_logits(ids).log_softmax(-1)[:, batch.prompt.shape[1] :]
+        return logp.gather(-1, batch.completion[..., None])[..., 0].where(hidden, 0.0)
+
+    def all_logits(self, ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S V"]:
+        with self.precision():
+            logits = self.hf(input_ids=ids, use_cache=False).logits.float()
+        if getattr(self.hf, "shifted", False):
+            logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+        return logits.masked_fill_(self.banned, -torch.inf)
+
+
+@torch.no_grad()
+def naive_generate(
+    model: NaiveLM, prompt: Int[Tensor, "B P"], *, length: int, block: int, steps: int, temperature: float, generator: torch.Generator
+) -> Int[Tensor, "B L"]:
+    """The published sampler: a step draws all P + L positions by a float64 Gumbel arg max.  (LLaDA, arXiv:2502.09992, released code)
+
+    The schedule and the law are those of `rollout.generate`; `generator` lives on the model's device.
+    """
+    rows, width = prompt.shape
+    per_block = steps * block // length
+    ids = torch.cat([prompt, prompt.new_full((rows, length), model.mask_id)], 1)
+    for end in range(width + block, width + length + 1, block):
+        for n in range(per_block):
+            logits = model.all_logits(ids).double()
+            uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64, device=logits.device)
+            token = (logits.exp() / (-uniform.log()) ** temperature).argmax(-1)
+            prob = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
+            prob[ids != model.mask_id] = -torch.inf
+            best = prob[:, :end].topk(block // per_block + (n < block % per_block)).indices
+            ids.scatter_(1, best, token.gather(1, best))
+    return ids[:, width:]
+
+
+def one_graph(policy, batch: Batch, masks: Masks, loss_of, slice_size: int):
+    """`scores.accumulate_gradient` with every draw of every view in one graph until the loss is known.
+
+    Raises torch.OutOfMemoryError, also on a CPU, where the system would end the process.
+    """
+    if batch.completion.device.type == "cpu":
+        sequences, tokens = int(masks.hidden.any(-1).sum()), batch.prompt.shape[1] + batch.completion.shape[1]
+        if (kept := 4 * sequences * tokens * len(policy.banned)) > _memory():
+            raise torch.OutOfMemoryError(f"the log-probabilities of all draws take {kept / 2**30:.0f} GiB")
+    draws = elbo_draws(policy, batch, masks, slice_size=slice_size)
+    loss = loss_of(draws)
+    loss.value.backward()
+    return Loss(loss.value.detach(), loss.log), draws.detach()
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

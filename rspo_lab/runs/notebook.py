@@ -1,0 +1,181 @@
+"""One strict headless execution of a notebook: Papermill inside a run directory, with an outcome that can be trusted.
+
+Success is `run.finish()` in the last cell AND a clean return of Papermill, whose own notebook metadata call a dead kernel
+"completed".  Heavy imports: the command line validates with `parameters` first.
+"""
+
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# jsonschema's optional check of IRIs, which no notebook needs, builds a grammar as it is imported: 2.5 of 3.3 seconds
+sys.modules.setdefault("rfc3987_syntax", None)
+import papermill  # noqa: E402
+from jupyter_client.kernelspec import KernelSpecManager  # noqa: E402
+from jupyter_client.manager import AsyncKernelManager  # noqa: E402
+from nbclient.exceptions import CellTimeoutError, DeadKernelError  # noqa: E402
+from papermill.exceptions import PapermillExecutionError  # noqa: E402
+
+if sys.modules["rfc3987_syntax"] is None:
+    del sys.modules["rfc3987_syntax"]
+
+from rspo_lab.runs.files import read_json, write_json  # noqa: E402
+from rspo_lab.runs.interrupts import terminable  # noqa: E402
+from rspo_lab.runs.parameters import complete, declared  # noqa: E402
+from rspo_lab.runs.run import claim, now, release, run_path  # noqa: E402
+
+BAD_INPUT = {"ParameterError", "ValueError", "FileNotFoundError", "RunError"}
+REPORT_S = 5  # seconds between progress lines, at least
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Codes: 0 done; 1 cell error, unfinished or no kernel; 124 timeout; 130 stopped or interrupted; 138 kernel died; 143 SIGTERM.
+    """
+
+    path: Path
+    state: str
+    code: int
+    message: str
+
+
+def run_notebook(
+    notebook: Path, given: Mapping[str, Any], *, runs: Path, name: str | None = None, timeout: int | float | None = None,
+    report: Callable[[str], None] = print,
+) -> Outcome:  # fmt: skip
+    """Run a notebook in <runs>/<name>/<key> unless it is done there; `timeout` is seconds for the whole run.
+
+    ParameterError, RunError and FileNotFoundError are raised before anything runs; everything later is in the Outcome.
+    """
+    notebook = notebook.resolve()
+    params = complete(declared(notebook), given)
+    path = run_path(notebook, params, runs, name)
+    if read_json(path / "status.json").get("state") == "done":
+        return Outcome(path, "done", 0, f"already done: {path}")
+    existed = path.exists()
+    claim(path, params)
+    try:
+        write_json(path / "status.json", {"state": "running", "pid": os.getpid(), "started": now()})
+        with terminable(), _reporting(path, notebook.stem, report):
+            failure = _attempt(notebook, {key: params[key] for key in given}, path, timeout)
+        status = read_json(path / "status.json")
+        if not failure and status.get("state") == "done":
+            return Outcome(path, "done", 0, f"done: {path}")
+        if not failure and status.get("state") == "stopped":
+            return Outcome(path, "stopped", 130, f"stopped: {path}")
+        kind, message, code = failure or ("unfinished", "the notebook ended before run.finish() (sys.exit?)", 1)
+        if kind == "input" and not existed:
+            _remove(path, runs)
+            return Outcome(path, "failed", code, message)
+        error = {"kind": kind, "message": message}
+        write_json(path / "status.json", {**status, "state": "failed", "ended": now(), "error": error})
+        return Outcome(path, "failed", code, f"{message} (see {path / 'executed.ipynb'})")
+    finally:
+        release(path)
+
+
+def _remove(path: Path, runs: Path) -> None:
+    """Take back a run folder that bad input left, and the folders above it that it alone was in."""
+    shutil.rmtree(path)
+    for folder in (path.parent, runs.resolve()):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _attempt(notebook: Path, given: Mapping[str, Any], path: Path, timeout: int | float | None) -> tuple[str, str, int] | None:
+    """Execute, once more if the kernel does not start; None, or the kind, message and exit code of the failure."""
+    deadline = time.monotonic() + timeout if timeout is not None else None
+    try:
+        try:
+            _execute(notebook, given, path, deadline)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # jupyter_client's start failures are bare ones
+                raise
+            _execute(notebook, given, path, deadline)
+    except PapermillExecutionError as error:
+        line = (str(error.evalue).strip().splitlines() or [""])[0][:300]
+        if error.ename in BAD_INPUT and "start_run(" in str(error.source):  # the opening cell checks what it was given
+            return "input", line, 2
+        return "cell", f"{error.ename}: {line}", 1
+    except CellTimeoutError as error:
+        if deadline is None or time.monotonic() < deadline:
+            return "cell", " ".join(str(error).split())[:300], 1
+        return "timeout", f"not finished after {timeout:g} s", 124
+    except DeadKernelError:
+        return "kernel died", f"the kernel died, out of memory unless {path / 'kernel.log'} says more", 138
+    except KeyboardInterrupt as error:
+        return "interrupted", "interrupted", 143 if error.args else 130
+    except RuntimeError as error:
+        return "kernel start", f"the kernel did not start: {error}", 1
+    return None
+
+
+def _execute(notebook: Path, given: Mapping[str, Any], path: Path, deadline: float | None) -> None:
+    """Papermill with a kernel of this interpreter, on sockets in a private directory (shared ones fail when runs start together)."""
+    limit = {"timeout_func": lambda cell: max(deadline - time.monotonic(), 0.01)} if deadline else {}
+    short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"  # a socket's path has at most 107 bytes
+    folder = tempfile.mkdtemp(prefix="rspo-", dir=short)
+    env = {
+        **os.environ,
+        "RSPO_LAB_RUN": str(path),
+        "RSPO_LAB_NOTEBOOK": str(notebook),
+        "RSPO_LAB_HEADLESS": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "IPYTHONDIR": folder,  # no start-up files of the user's, nothing in a home folder that may be read-only
+    }
+
+    class Kernel(AsyncKernelManager):
+        def __init__(self, **options: Any) -> None:
+            native = KernelSpecManager(kernel_dirs=[])  # without other specs python3 is sys.executable
+            sockets = {"transport": "ipc", "ip": f"{folder}/k", "connection_file": f"{folder}/kernel.json"}
+            super().__init__(kernel_spec_manager=native, **sockets, **options)
+
+        async def start_kernel(self, **options: Any) -> None:
+            with open(path / "kernel.log", "wb") as output:  # what no cell shows: a crash in C, ipykernel's own complaints
+                await super().start_kernel(env=env, cwd=str(notebook.parent), stdout=output, stderr=output, **options)
+
+    log = logging.getLogger("papermill")
+    log.disabled = True  # it calls `int | None` parameters unknown, and repeats what the outcome says
+    try:
+        papermill.execute_notebook(
+            *(re.sub("([{}])", r"\1\1", str(file)) for file in (notebook, path / "executed.ipynb")),  # its paths are templates
+            parameters=dict(given), kernel_name="python3", language="python", progress_bar=False, autosave_cell_every=30,
+            kernel_manager_class=Kernel, start_timeout=600, iopub_timeout=60, **limit,
+        )  # fmt: skip
+    finally:
+        log.disabled = False
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _reporting(path: Path, label: str, report: Callable[[str], None]) -> Iterator[None]:
+    """Hand on the run's progress, a line each REPORT_S at most and only when it changed."""
+    ended = threading.Event()
+
+    def poll() -> None:
+        said = None
+        while not ended.wait(REPORT_S):
+            progress = read_json(path / "status.json").get("progress")
+            if progress and progress != said:
+                report(f"{label}  {progress['done']}/{progress['total']}  {progress['note']}".rstrip())
+                said = progress
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,266 @@
+"""A run is a directory: opened before anything else, refused if it belongs to other parameters, done when its status says so.
+
+runs/<name>/<key>/ holds params.json, provenance.json (+ dirty.diff), status.json, executed.ipynb, metrics.jsonl,
+results.parquet and figures/<name>.{png,pdf,csv}.  Every file is replaced whole, never written in place.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import NoneType
+from typing import IO, TYPE_CHECKING, Any
+
+from rspo_lab.runs.files import read_json, replacing, write_json
+from rspo_lab.runs.parameters import ParameterError, check, declared, unknown
+from rspo_lab.runs.provenance import write_provenance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+_SOURCE = Path(__file__).resolve().parents[2]
+_LITERALS = (NoneType, bool, int, float, str, list, dict)
+_IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}
+_ABSENT = object()
+_HELD: dict[Path, IO[str]] = {}  # the locks of this process; a lock lives as long as its open file
+
+
+class RunError(Exception):
+    """A run directory cannot be used; the message is one line and names the mend."""
+
+
+class Run:
+    """One open run directory.  Training sets `stopped` when the user pressed Stop; `finish` then records it."""
+
+    def __init__(self, path: Path, params: Mapping[str, Any], *, writes: bool = True) -> None:
+        self.path = path
+        self.params = dict(params)
+        self.stopped = False
+        self.started = now()
+        self._writes = writes  # False on the other processes of a distributed run
+        self._progressed = -math.inf  # when progress was last written
+        self._status: dict[str, Any] = {"state": "running", "pid": os.getpid(), "started": self.started}
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """Say how far the run is; at most one write a second, and always the last."""
+        self._status |= {"state": "running", "progress": {"done": done, "total": total, "note": note}}
+        if done == total or time.monotonic() - self._progressed >= 1:
+            self._progressed = time.monotonic()
+            self._write()
+
+    def figure(self, name: str, figure: "Figure", data: "DataFrame") -> None:
+        """Save a figure as png and pdf with the plotted numbers as csv, and show the png when in IPython."""
+        if not self._writes:
+            return
+        folder = self.path / "figures"
+        folder.mkdir(exist_ok=True)
+        with replacing(folder / f"{name}.pdf") as path:
+            figure.savefig(path, format="pdf", metadata={"CreationDate": None})
+        with replacing(folder / f"{name}.png") as path:
+            figure.savefig(path, format="png", dpi=300)
+        with replacing(folder / f"{name}.csv") as path:
+            data.to_csv(path, index=False)
+        if "IPython" in sys.modules:
+            from IPython import get_ipython
+            from IPython.display import Image, display
+
+            if get_ipython() is not None:
+                display(Image(filename=str(folder / f"{name}.png"), width=round(120 * figure.get_figwidth())))
+
+    def results(self, frame: "DataFrame") -> None:
+        """Save the run's final tidy table as results.parquet."""
+        if self._writes:
+            with replacing(self.path / "results.parquet") as path:
+                frame.to_parquet(path)
+
+    def finish(self) -> None:
+        """Mark the end: without it the run does not count as done."""
+        self._end("stopped" if self.stopped else "done")
+
+    def fail(self, kind: str, message: str) -> None:
+        """Mark the run as failed, with why."""
+        self._end("failed", error={"kind": kind, "message": message})
+
+    def _end(self, state: str, **changes: Any) -> None:
+        self._status |= {"state": state, "ended": now(), **changes}
+        self._write()
+
+    def _write(self) -> None:
+        if self._writes:
+            write_json(self.path / "status.json", self._status)
+
+
+def start_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
+    """First library call of a notebook, `run = start_run("02_train.ipynb", globals())`: check its parameters, open its run.
+
+    An undeclared name is an error on the first start in a kernel (this catches what bare Papermill only warns of); later
+    starts find a Run in the namespace and let the variables of its own cells be.
+    """
+    source = _locate(notebook)
+    parameters = declared(source)
+    if not any(isinstance(value, Run) for value in namespace.values()):
+        for name, value in namespace.items():
+            if name not in parameters and type(value) in _LITERALS and name not in _IPYTHON and not name.startswith("_"):
+                raise ParameterError(f"{unknown(name, parameters)} (by hand: save the notebook, restart its kernel)")
+    if missing := [name for name in parameters if name not in namespace]:
+        raise ParameterError(f"{', '.join(missing)} not set: run the parameters cell of {notebook} first")
+    params = {name: check(parameter, namespace[name]) for name, parameter in parameters.items()}
+    if "RSPO_LAB_RUN" in os.environ:  # our wrapper made this directory for this kernel, and holds its lock
+        path = Path(os.environ["RSPO_LAB_RUN"])
+        _match(path, params)
+    else:
+        path = run_path(source, params, runs_root(source))
+        for other in set(_HELD) - {path}:  # a kernel has one live run: opening another lets go of the one before
+            _HELD.pop(other).close()
+        claim(path, params)
+    return _begin(path, params, source)
+
+
+def open_run(path: Path, params: Mapping[str, Any]) -> Run:
+    """Open (or take up again) a run directory for these parameters; under torchrun only rank 0 locks it and writes."""
+    path = path.resolve()
+    if os.environ.get("RANK", "0") != "0":
+        return Run(path, params, writes=False)
+    claim(path, params)
+    return _begin(path, params, None)
+
+
+def _begin(path: Path, params: Mapping[str, Any], notebook: Path | None) -> Run:
+    run = Run(path, params)
+    write_provenance(path, run.started, notebook)
+    run._write()
+    return run
+
+
+def runs_root(notebook: Path) -> Path:
+    """Where a notebook's runs go: $RSPO_LAB_RUNS, else `runs` beside the `notebooks` folder."""
+    if "RSPO_LAB_RUNS" in os.environ:
+        return Path(os.environ["RSPO_LAB_RUNS"]).resolve()
+    folder = notebook.resolve().parent
+    return (folder.parent if folder.name == "notebooks" else folder) / "runs"
+
+
+def run_path(notebook: Path, params: Mapping[str, Any], root: Path, name: str | None = None) -> Path:
+    """<root>/<name>/<key>; the key is a hash of the notebook's name and all its parameters."""
+    if name is not None and Path(name).name != name:
+        raise RunError(f"the run's name {name!r} must be one folder name")
+    text = json.dumps([notebook.name, params], sort_keys=True, allow_nan=False)
+    return root.resolve() / (name or notebook.stem) / hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def claim(path: Path, params: Mapping[str, Any]) -> None:
+    """Make and lock a run directory for these parameters, or RunError; held until `release` or the process ends."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if path not in _HELD:
+            _HELD[path] = _lock(path)
+        if (path / "params.json").exists():
+            _match(path, params)
+        else:
+            write_json(path / "params.json", params)
+    except OSError as error:
+        raise RunError(f"cannot write the run folder {path} ({error.strerror}): choose another") from error
+    except RunError:
+        release(path)
+        raise
+
+
+def release(path: Path) -> None:
+    """Unlock a claimed run directory."""
+    if path in _HELD:
+        _HELD.pop(path).close()
+
+
+def _lock(path: Path) -> IO[str]:
+    """The locked file; a look by `load_runs` may hold the lock for an instant, hence a few tries."""
+    file = open(path / ".lock", "a+")
+    for _ in range(5):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            return file
+    file.seek(0)
+    owner = file.read() or "another process"
+    file.close()
+    raise RunError(f"{path} is in use by {owner}: wait for it, or end it (a notebook: shut down its kernel)")
+
+
+def alive(path: Path) -> bool:
+    """Whether some process holds the run's lock."""
+    try:
+        with open(path / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _match(path: Path, params: Mapping[str, Any]) -> None:
+    """RunError unless the directory was opened for exactly these parameters."""
+    theirs = read_json(path / "params.json")
+    names = [name for name in {**theirs, **params} if theirs.get(name, _ABSENT) != params.get(name, _ABSENT)]
+    if names:
+        raise RunError(f"{path} belongs to other parameters ({', '.join(names)} differ): choose another run folder")
+
+
+def load_runs(root: Path | str) -> "DataFrame":
+    """One row a run directory under `root`: name, key, state, one column a parameter, progress, error, path.
+
+    A run that says "running" but whose process is gone is "dead".
+    """
+    import pandas as pd
+
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder of runs at {root}")
+    rows = []
+    for path in sorted(file.parent for file in root.rglob("params.json")):
+        status = read_json(path / "status.json")
+        state = status.get("state", "running")
+        progress = status.get("progress")
+        rows.append(
+            {
+                "name": path.parent.name,
+                "key": path.name,
+                "state": "dead" if state == "running" and not alive(path) else state,
+                **read_json(path / "params.json"),
+                "progress": f"{progress['done']}/{progress['total']}" if progress else "",
+                "error": status["error"]["message"] if "error" in status else "",
+                "path": str(path),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _locate(notebook: str) -> Path:
+    """The notebook's source file: named by our wrapper, else found from the working folder or this repository."""
+    if "RSPO_LAB_NOTEBOOK" in os.environ:
+        source = Path(os.environ["RSPO_LAB_NOTEBOOK"])
+        if source.name != notebook:
+            raise ParameterError(f'this is {source.name}: write start_run("{source.name}", globals()), not "{notebook}"')
+        return source
+    places = [Path.cwd() / notebook, Path.cwd() / "notebooks" / notebook, _SOURCE / "notebooks" / notebook]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(f"{notebook} is not at {', '.join(map(str, places))}: start Jupyter in the notebook's folder")
