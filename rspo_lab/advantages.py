@@ -1,6 +1,8 @@
-"""Advantages of the completions of one prompt against each other; the only file that knows the group axis.
+"""Advantages of the completions of one prompt against each other; the only file that knows the
+group axis.
 
-Shapes: B = prompts x `group` completions, group-major: rows g*group .. (g+1)*group - 1 answer prompt g.
+Shapes: B = prompts x `group` completions, group-major: rows g*group .. (g+1)*group - 1 answer
+prompt g.
 """
 
 from jaxtyping import Float
@@ -14,9 +16,11 @@ def mean_centred(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]
 
 
 def standardized(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]:
-    """Mean-centred over the unbiased standard deviation of the group; exactly 0 where all rewards of a group agree.
+    """Mean-centred over the unbiased standard deviation of the group; exactly 0 where all rewards
+    of a group agree.
 
-    (GRPO, arXiv:2402.03300, without its epsilon: the degenerate case is a case, not a small divisor)
+    (GRPO, arXiv:2402.03300, without its epsilon: the degenerate case is a case, not a small
+    divisor)
     """
     grouped = _grouped(reward, group)
     centred = grouped - grouped.mean(1, keepdim=True)
@@ -26,7 +30,9 @@ def standardized(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]
 
 
 def leave_one_out(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]:
-    """Reward minus the mean of the group's other rewards, an unbiased baseline.  (RLOO, arXiv:2402.14740)"""
+    """Reward minus the mean of the group's other rewards, an unbiased baseline.  (RLOO,
+    arXiv:2402.14740)
+    """
     return mean_centred(reward, group) * (group / (group - 1))
 
 
@@ -42,10 +48,17 @@ def uninformative(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " G"
     return (grouped == grouped[:, :1]).all(1).to(reward.dtype)
 
 
-ADVANTAGES = {"standardized": standardized, "mean_centred": mean_centred, "leave_one_out": leave_one_out, "softmax": softmax}
+ADVANTAGES = {
+    "standardized": standardized,
+    "mean_centred": mean_centred,
+    "leave_one_out": leave_one_out,
+    "softmax": softmax,
+}
 
 
 def _grouped(reward, group):
     if group < 2 or len(reward) % group:
-        raise ValueError(f"{len(reward)} rewards do not form groups of {group} (a group needs at least 2 completions)")
+        raise ValueError(
+            f"{len(reward)} rewards do not form groups of {group} (a group needs at least 2 completions)"
+        )
     return reward.reshape(-1, group)

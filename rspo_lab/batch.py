@@ -14,8 +14,9 @@ from torch import Tensor
 class Batch:
     """Token ids with what is text and what is padding.
 
-    `valid` marks the completion tokens up to and including the first end-of-text; only these are ever hidden or scored,
-    the others stay visible as they are.  `prompt_valid` is False on left padding, which no position attends to.
+    `valid` marks the completion tokens up to and including the first end-of-text; only these are
+    ever hidden or scored, the others stay visible as they are.  `prompt_valid` is False on left
+    padding, which no position attends to.
     """
 
     prompt: Int[Tensor, "B P"]
@@ -28,10 +29,14 @@ class Batch:
 
     def rows(self, index) -> "Batch":
         """The rows `index` (ids, a slice, or a bool mask) as a batch of its own."""
-        return Batch(self.prompt[index], self.prompt_valid[index], self.completion[index], self.valid[index])
+        return Batch(
+            self.prompt[index], self.prompt_valid[index], self.completion[index], self.valid[index]
+        )
 
     def distinct(self) -> tuple["Batch", Int[Tensor, " B"]]:
-        """(the rows that differ, which of them each row is): what depends on a row alone need be computed once for each."""
+        """(the rows that differ, which of them each row is): what depends on a row alone need be
+        computed once for each.
+        """
         _, which = self.key().unique(dim=0, return_inverse=True)
         first = torch.full((int(which.max()) + 1,), len(self), device=which.device)
         first = first.scatter_reduce(0, which, torch.arange(len(self), device=which.device), "amin")
@@ -42,10 +47,14 @@ class Batch:
         return torch.cat([self.prompt, self.prompt_valid, self.completion, self.valid], 1)
 
     def to(self, device) -> "Batch":
-        return Batch(*(t.to(device) for t in (self.prompt, self.prompt_valid, self.completion, self.valid)))
+        return Batch(
+            *(t.to(device) for t in (self.prompt, self.prompt_valid, self.completion, self.valid))
+        )
 
 
 def valid_until_end(completion: Int[Tensor, "B L"], end_id: int | None) -> Bool[Tensor, "B L"]:
-    """True up to and including the first `end_id` of each row; all True where the row has none (or `end_id` is None)."""
+    """True up to and including the first `end_id` of each row; all True where the row has none (or
+    `end_id` is None).
+    """
     ended = (completion == (-1 if end_id is None else end_id)).long()
     return (ended.cumsum(1) - ended) == 0

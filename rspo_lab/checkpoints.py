@@ -1,6 +1,8 @@
-"""What a training run keeps on disk: checkpoint.pt to go on from, snapshots/ to measure, and jsonl records of its steps.
+"""What a training run keeps on disk: checkpoint.pt to go on from, snapshots/ to measure, and jsonl
+records of its steps.
 
-Every file is whole or not there; after a kill the records are cut back to the checkpoint, so that a resumed run is the same.
+Every file is whole or not there; after a kill the records are cut back to the checkpoint, so that a
+resumed run is the same.
 """
 
 import json
@@ -13,16 +15,25 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rspo_lab.config import TrainConfig
-from rspo_lab.runs.files import replacing
 from rspo_lab.distributed import World, parted, whole
+from rspo_lab.runs.files import replacing
 
-RECORDS = ("metrics", "sequences", "timing", "profile")  # the jsonl files of a run, a line a step or evaluation
+RECORDS = (
+    "metrics",
+    "sequences",
+    "timing",
+    "profile",
+)  # the jsonl files of a run, a line a step or evaluation
 
 
 def save(config, folder: Path, step: int, parameters, optimizer, world: World) -> None:
     """checkpoint.pt, whole or not at all, and the same from any number of processes."""
     first = world.rank == 0
-    state = {"config": asdict(config), "step": step, "parameters": [whole(p.detach(), keep=first) for p in parameters]}
+    state = {
+        "config": asdict(config),
+        "step": step,
+        "parameters": [whole(p.detach(), keep=first) for p in parameters],
+    }
     state |= {"optimizer": whole(optimizer.state_dict(), keep=first)}
     if first:
         with replacing(folder / "checkpoint.pt") as path:
@@ -34,18 +45,26 @@ def resume(config, folder: Path, parameters, optimizer) -> int:
     path = folder / "checkpoint.pt"
     if not path.exists():
         return 0
-    sharded = isinstance(parameters[0], DTensor)  # then the first process alone reads the weights, to part them
+    sharded = isinstance(
+        parameters[0], DTensor
+    )  # then the first process alone reads the weights, to part them
     state = torch.load(path, weights_only=True, map_location="cpu", mmap=sharded)
-    defaults = {f.name: f.default for f in fields(config)}  # a field that is younger than the checkpoint had its default
+    defaults = {
+        f.name: f.default for f in fields(config)
+    }  # a field that is younger than the checkpoint had its default
     differ = [k for k, v in asdict(config).items() if state["config"].get(k, defaults[k]) != v]
     if differ:
-        raise ValueError(f"{path} was made with another {', '.join(differ)}: use another run folder")
+        raise ValueError(
+            f"{path} was made with another {', '.join(differ)}: use another run folder"
+        )
     with torch.no_grad():
         for parameter, saved in zip(parameters, state["parameters"], strict=True):
             parameter.copy_(parted(saved, parameter))
     for i, parameter in enumerate(parameters):
         moments = state["optimizer"]["state"].get(i, {})  # empty before the first update
-        moments |= {name: parted(t, parameter) for name, t in moments.items() if t.shape == parameter.shape}
+        moments |= {
+            name: parted(t, parameter) for name, t in moments.items() if t.shape == parameter.shape
+        }
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
 
@@ -70,7 +89,9 @@ def read(path: Path) -> list[dict]:
 
 
 def kept(files: dict[str, Path], done: int) -> tuple[list[dict], list[dict]]:
-    """(metrics, profiles) of the finished steps; what a killed run wrote after its checkpoint is dropped from all files."""
+    """(metrics, profiles) of the finished steps; what a killed run wrote after its checkpoint is
+    dropped from all files.
+    """
     for path in files.values():
         _keep_steps(path, done)
     return read(files["metrics"]), read(files["profile"])
@@ -81,26 +102,44 @@ def _keep_steps(path: Path, done: int) -> None:
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done] if done else []
+    kept = (
+        [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+        if done
+        else []
+    )
     with replacing(path) as partial:
         partial.write_text("".join(kept))
 
 
 def pairs(folder: Path) -> pd.DataFrame:
-    """A row a (evaluated step, sequence) of a run: step, d (the estimate, nats), advantage, reward; none before the first evaluation."""
+    """A row a (evaluated step, sequence) of a run: step, d (the estimate, nats), advantage, reward;
+    none before the first evaluation.
+    """
     frames = [pd.DataFrame(record) for record in read(folder / "sequences.jsonl")]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["step", "d", "advantage", "reward"], dtype=float)
+    return (
+        pd.concat(frames, ignore_index=True)
+        if frames
+        else pd.DataFrame(columns=["step", "d", "advantage", "reward"], dtype=float)
+    )
 
 
 def trained_run(folder: str | Path) -> tuple[TrainConfig, dict[int, Path]]:
     """(config, {step: saved policy}) of a training run; the base counts as step 0."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no training run at {folder}: give the folder that holds its config.json and snapshots/")
+        raise FileNotFoundError(
+            f"no training run at {folder}: give the folder that holds its config.json and snapshots/"
+        )
     config = TrainConfig(**json.loads((folder / "config.json").read_text()))
-    saved = {int(path.name): path for path in sorted((folder / "snapshots").glob("*")) if path.suffix != ".partial"}
+    saved = {
+        int(path.name): path
+        for path in sorted((folder / "snapshots").glob("*"))
+        if path.suffix != ".partial"
+    }
     if not saved:
-        raise FileNotFoundError(f"{folder} has no snapshots yet: let its training reach step {config.snapshot_steps[0]}")
+        raise FileNotFoundError(
+            f"{folder} has no snapshots yet: let its training reach step {config.snapshot_steps[0]}"
+        )
     return config, {0: Path(config.model)} | saved
 
 
@@ -108,5 +147,7 @@ def saved_policy(policies: dict[int, Path], step: int) -> tuple[int, Path]:
     """(step, folder) of one of `trained_run`'s policies; step 0 is the last one."""
     step = step or max(policies)
     if step not in policies:
-        raise ValueError(f"no policy was saved at step {step}; there are {', '.join(map(str, sorted(policies)))}")
+        raise ValueError(
+            f"no policy was saved at step {step}; there are {', '.join(map(str, sorted(policies)))}"
+        )
     return step, policies[step]

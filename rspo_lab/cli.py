@@ -1,7 +1,7 @@
 """The command line: `rspo-lab run | sweep | report | runs | train | eval | grade`.
 
-Exit codes: 0 done; 1 a failure at run time; 2 bad input, with one line that says so; `run` has more (notebook.Outcome).
-Nothing heavy is imported before the input is known to be good.
+Exit codes: 0 done; 1 a failure at run time; 2 bad input, with one line that says so; `run` has more
+(notebook.Outcome). Nothing heavy is imported before the input is known to be good.
 """
 
 import argparse
@@ -15,7 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rspo_lab.runs.parameters import Parameter, ParameterError, coerce, complete, declared, fields, unknown
+from rspo_lab.runs.parameters import (
+    Parameter,
+    ParameterError,
+    coerce,
+    complete,
+    declared,
+    fields,
+    unknown,
+)
 from rspo_lab.runs.run import RunError, load_runs, open_run, runs_root
 
 
@@ -42,21 +50,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="rspo-lab", description="Reinforcement learning for diffusion language models, by notebook.")
+    parser = _Parser(
+        prog="rspo-lab",
+        description="Reinforcement learning for diffusion language models, by notebook.",
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     run = commands.add_parser("run", help="run a notebook headless, once for given parameters")
     run.set_defaults(command=_run)
     run.add_argument("notebook", type=Path)
     _add_parameters(run)
-    run.add_argument("--runs", type=Path, metavar="DIR", help="where runs go (default: runs, beside the notebooks folder)")
+    run.add_argument(
+        "--runs",
+        type=Path,
+        metavar="DIR",
+        help="where runs go (default: runs, beside the notebooks folder)",
+    )
     run.add_argument("--name", help="folder of the run in DIR (default: the notebook's name)")
     run.add_argument("--timeout", type=float, metavar="S", help="end the run after S seconds")
 
-    train = commands.add_parser("train", help="train without a notebook; under accelerate launch too, or torchrun -m rspo_lab.cli -- train")
+    train = commands.add_parser(
+        "train",
+        help="train without a notebook; under accelerate launch too, or torchrun -m rspo_lab.cli -- train",
+    )
     train.set_defaults(command=_train)
     train.add_argument("--run", type=Path, metavar="DIR", help="the run's folder")
-    train.add_argument("--study", nargs=2, metavar=("FILE", "RUN"), help="parameters of a study's run, at its GPU scale; -p wins")
+    train.add_argument(
+        "--study",
+        nargs=2,
+        metavar=("FILE", "RUN"),
+        help="parameters of a study's run, at its GPU scale; -p wins",
+    )
     _add_parameters(train)
 
     grade = commands.add_parser("grade", help="score a file of completions")
@@ -66,19 +90,37 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_argument("--protocol", default="strict", help="d1 (as published) or strict (default)")
     grade.add_argument("--json", action="store_true", help="print JSON")
 
-    evaluate = commands.add_parser("eval", help="complete a benchmark with a model, and score it; a second call goes on where one ended")
+    evaluate = commands.add_parser(
+        "eval",
+        help="complete a benchmark with a model, and score it; a second call goes on where one ended",
+    )
     evaluate.set_defaults(command=_eval)
-    evaluate.add_argument("--model", required=True, help="a folder, one of data/base-*, or a hub name")
+    evaluate.add_argument(
+        "--model", required=True, help="a folder, one of data/base-*, or a hub name"
+    )
     evaluate.add_argument("--task", required=True)
-    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="where completions and results.json go")
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where completions and results.json go",
+    )
     for option, kind, text in (
-        ("lengths", str, "completion tokens: 128,256,512"), ("k", str, "report pass@k of the samples: 1,4"),
-        ("data", str, "a file of problems (default: the task's test split)"), ("problems", int, "how many (default: all)"),
-        ("style", str, "d1-eval (default), d1 or compact"), ("block", int, "tokens a block (default: 32)"),
-        ("steps", int, "denoising steps (default: half the length)"), ("temperature", float, "default: 0"),
-        ("samples", int, "completions a problem (default: 1)"), ("batch", int, "completions at a time (default: 8)"),
-        ("seed", int, "default: 0"), ("dtype", str, "float32 (default) or bfloat16"), ("device", str, "default: cuda where there is one"),
-    ):  # fmt: skip
+        ("lengths", str, "completion tokens: 128,256,512"),
+        ("k", str, "report pass@k of the samples: 1,4"),
+        ("data", str, "a file of problems (default: the task's test split)"),
+        ("problems", int, "how many (default: all)"),
+        ("style", str, "d1-eval (default), d1 or compact"),
+        ("block", int, "tokens a block (default: 32)"),
+        ("steps", int, "denoising steps (default: half the length)"),
+        ("temperature", float, "default: 0"),
+        ("samples", int, "completions a problem (default: 1)"),
+        ("batch", int, "completions at a time (default: 8)"),
+        ("seed", int, "default: 0"),
+        ("dtype", str, "float32 (default) or bfloat16"),
+        ("device", str, "default: cuda where there is one"),
+    ):
         evaluate.add_argument(f"--{option}", type=kind, help=text)
     evaluate.add_argument("--protocol", default="d1", help="d1 (default, as published) or strict")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
@@ -87,34 +129,102 @@ def _parser() -> argparse.ArgumentParser:
     runs.set_defaults(command=_runs)
     runs.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
 
-    sweep = commands.add_parser("sweep", help="run a study, or a grid over one notebook, and write its report")
+    sweep = commands.add_parser(
+        "sweep", help="run a study, or a grid over one notebook, and write its report"
+    )
     sweep.set_defaults(command=_sweep)
-    sweep.add_argument("target", type=Path, metavar="STUDY.yaml|NOTEBOOK", help="one of notebooks/studies/*.yaml, or a notebook")
-    sweep.add_argument("--grid", nargs="+", action="extend", default=[], metavar="NAME=A,B", help="values of a notebook's parameter")
-    sweep.add_argument("-p", dest="given", action="append", default=[], metavar="NAME VALUE", help="set a parameter for all points")
-    sweep.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="which parameters of a study (default: cpu)")
-    sweep.add_argument("--cluster", default="local", help="local (default), slurm, or debug: in this process, one after the other")
-    sweep.add_argument("--jobs", type=int, metavar="N", help="points side by side (default: one a core)")
-    sweep.add_argument("--gpus", type=int, metavar="N", help="points side by side, each on a GPU of its own")
-    sweep.add_argument("--timeout", type=float, metavar="MIN", help="end a point after MIN minutes; on Slurm: requeue it, three times")
-    sweep.add_argument("--slurm", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="sbatch options: partition=gpu")
-    sweep.add_argument("--runs", type=Path, metavar="DIR", help="where runs go (default: runs, beside the notebooks folder)")
+    sweep.add_argument(
+        "target",
+        type=Path,
+        metavar="STUDY.yaml|NOTEBOOK",
+        help="one of notebooks/studies/*.yaml, or a notebook",
+    )
+    sweep.add_argument(
+        "--grid",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=A,B",
+        help="values of a notebook's parameter",
+    )
+    sweep.add_argument(
+        "-p",
+        dest="given",
+        action="append",
+        default=[],
+        metavar="NAME VALUE",
+        help="set a parameter for all points",
+    )
+    sweep.add_argument(
+        "--scale",
+        choices=("cpu", "gpu"),
+        default="cpu",
+        help="which parameters of a study (default: cpu)",
+    )
+    sweep.add_argument(
+        "--cluster",
+        default="local",
+        help="local (default), slurm, or debug: in this process, one after the other",
+    )
+    sweep.add_argument(
+        "--jobs", type=int, metavar="N", help="points side by side (default: one a core)"
+    )
+    sweep.add_argument(
+        "--gpus", type=int, metavar="N", help="points side by side, each on a GPU of its own"
+    )
+    sweep.add_argument(
+        "--timeout",
+        type=float,
+        metavar="MIN",
+        help="end a point after MIN minutes; on Slurm: requeue it, three times",
+    )
+    sweep.add_argument(
+        "--slurm",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="sbatch options: partition=gpu",
+    )
+    sweep.add_argument(
+        "--runs",
+        type=Path,
+        metavar="DIR",
+        help="where runs go (default: runs, beside the notebooks folder)",
+    )
     sweep.add_argument("--name", help="folder of the sweep in DIR (default: the file's name)")
-    sweep.add_argument("--dry-run", action="store_true", help="list the points, how they stand and what is left to pay; run nothing")
+    sweep.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list the points, how they stand and what is left to pay; run nothing",
+    )
 
-    report = commands.add_parser("report", help="one HTML page over all runs in a folder, and results.parquet")
+    report = commands.add_parser(
+        "report", help="one HTML page over all runs in a folder, and results.parquet"
+    )
     report.set_defaults(command=_report)
     report.add_argument("folder", type=Path, help="of a sweep, such as runs/variance")
     return parser
 
 
 def _add_parameters(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME VALUE", help="set a parameter")
-    parser.add_argument("--list", action="store_true", help="print the parameters, their defaults and meanings")
+    parser.add_argument(
+        "-p",
+        dest="given",
+        action="append",
+        default=[],
+        metavar="NAME VALUE",
+        help="set a parameter",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the parameters, their defaults and meanings"
+    )
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
-    """`-p NAME VALUE` as one argument, -pNAME=VALUE, for argparse takes a VALUE such as -1e-4 for an option."""
+    """`-p NAME VALUE` as one argument, -pNAME=VALUE, for argparse takes a VALUE such as -1e-4 for
+    an option.
+    """
     words, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -155,8 +265,13 @@ def _run(args: argparse.Namespace) -> int:
     runs = args.runs or runs_root(args.notebook)
     try:
         outcome = run_notebook(
-            args.notebook, given, runs=runs, name=args.name, timeout=args.timeout, report=partial(print, flush=True)
-        )  # fmt: skip
+            args.notebook,
+            given,
+            runs=runs,
+            name=args.name,
+            timeout=args.timeout,
+            report=partial(print, flush=True),
+        )
     except (OSError, RuntimeError) as error:
         return _complain(f"{type(error).__name__}: {error}", 1)
     if outcome.code:
@@ -166,8 +281,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from rspo_lab.training import TrainConfig, train
     from rspo_lab.distributed import joined
+    from rspo_lab.training import TrainConfig, train
 
     parameters = fields(TrainConfig)
     if args.list:
@@ -184,7 +299,9 @@ def _train(args: argparse.Namespace) -> int:
         nonlocal said
         if "reward" in record and rank == "0" and time.monotonic() - said >= 5:
             said = time.monotonic()
-            print(f"step {record['step']}/{config.steps}  reward {record['reward']:.2f}", flush=True)
+            print(
+                f"step {record['step']}/{config.steps}  reward {record['reward']:.2f}", flush=True
+            )
 
     try:
         with joined(config.device) as world:
@@ -193,7 +310,9 @@ def _train(args: argparse.Namespace) -> int:
         message = f"{type(error).__name__}: {error}"
         try:
             run.fail(type(error).__name__, str(error))
-            (run.path / f"traceback{'' if rank == '0' else '-' + rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            (run.path / f"traceback{'' if rank == '0' else '-' + rank}.txt").write_text(
+                traceback.format_exc(), encoding="utf-8"
+            )
         except OSError as other:
             message += f"; {run.path} cannot be written ({other.strerror}): mend that and run this again, it goes on from its checkpoint"
         return _complain(message, 130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -208,10 +327,14 @@ def _run_of_study(file: str, name: str) -> dict[str, Any]:
     from rspo_lab.sweeps.study import read_study
 
     points = read_study(Path(file), Path("runs"), "gpu").points
-    found = [point for point in points if point.name == name and point.notebook.name == "02_train.ipynb"]
+    found = [
+        point for point in points if point.name == name and point.notebook.name == "02_train.ipynb"
+    ]
     if len(found) != 1:
         trains = sorted({point.name for point in points if point.notebook.name == "02_train.ipynb"})
-        raise UsageError(f"{file} has {len(found)} points {name!r} of notebook 02_train, not one; it trains {', '.join(trains)}")
+        raise UsageError(
+            f"{file} has {len(found)} points {name!r} of notebook 02_train, not one; it trains {', '.join(trains)}"
+        )
     return complete(declared(found[0].notebook), found[0].given)
 
 
@@ -226,10 +349,32 @@ def _grade(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from rspo_lab.benchmarks.evaluate import BenchmarkConfig, benchmark, counts
 
-    config = BenchmarkConfig(**{name: value for name in fields(BenchmarkConfig) if (value := getattr(args, name)) is not None})
-    lengths, ks, said = counts(args.lengths or ""), counts(args.k or ""), partial(print, file=sys.stderr, flush=True)
-    found = benchmark(config, args.out, lengths, protocol=args.protocol, ks=ks, device=args.device or "auto", report=said)
-    print(json.dumps([result.to_dict() for result in found]) if args.json else "\n".join(result.to_text() for result in found))
+    config = BenchmarkConfig(
+        **{
+            name: value
+            for name in fields(BenchmarkConfig)
+            if (value := getattr(args, name)) is not None
+        }
+    )
+    lengths, ks, said = (
+        counts(args.lengths or ""),
+        counts(args.k or ""),
+        partial(print, file=sys.stderr, flush=True),
+    )
+    found = benchmark(
+        config,
+        args.out,
+        lengths,
+        protocol=args.protocol,
+        ks=ks,
+        device=args.device or "auto",
+        report=said,
+    )
+    print(
+        json.dumps([result.to_dict() for result in found])
+        if args.json
+        else "\n".join(result.to_text() for result in found)
+    )
     return 0
 
 
@@ -246,15 +391,21 @@ def _sweep(args: argparse.Namespace) -> int:
 
     is_study = args.target.suffix in (".yaml", ".yml")
     if is_study and (args.grid or args.given):
-        raise UsageError("a study says its own parameters: write them in the file, or sweep a notebook with --grid and -p")
+        raise UsageError(
+            "a study says its own parameters: write them in the file, or sweep a notebook with --grid and -p"
+        )
     if not is_study and not args.grid:
-        raise UsageError(f"which points? --grid NAME=A,B, or run one with `rspo-lab run {args.target}`")
+        raise UsageError(
+            f"which points? --grid NAME=A,B, or run one with `rspo-lab run {args.target}`"
+        )
     if not args.target.is_file():
         raise FileNotFoundError(f"there is no file {args.target}")
     folder = args.name or args.target.stem + ("" if is_study else "_sweep")
     if Path(folder).name != folder:
         raise UsageError(f"--name {folder!r} must be one folder name")
-    root = (args.runs or runs_root(NOTEBOOKS / "any" if is_study else args.target)).resolve() / folder
+    root = (
+        args.runs or runs_root(NOTEBOOKS / "any" if is_study else args.target)
+    ).resolve() / folder
     if is_study:
         study = read_study(args.target, root, args.scale)
     else:
@@ -262,13 +413,23 @@ def _sweep(args: argparse.Namespace) -> int:
         study = grid_study(args.target.resolve(), values, grid_values(args.target, args.grid), root)
     from rspo_lab.sweeps.sweep import plan, resources, summary, sweep
 
-    on = resources(args.cluster, jobs=args.jobs, gpus=args.gpus, timeout_min=args.timeout, slurm=tuple(args.slurm))
+    on = resources(
+        args.cluster,
+        jobs=args.jobs,
+        gpus=args.gpus,
+        timeout_min=args.timeout,
+        slurm=tuple(args.slurm),
+    )
     if args.dry_run:
         print(plan(study, root, on))
         return 0
-    asked = args.scale == "gpu" or any(str(point.given.get("device")).startswith("cuda") for point in study.points)
+    asked = args.scale == "gpu" or any(
+        str(point.given.get("device")).startswith("cuda") for point in study.points
+    )
     if asked and not (on.gpus or on.slurm):
-        raise UsageError(f"{args.target.name} asks for GPUs: say how many points side by side, --gpus N")
+        raise UsageError(
+            f"{args.target.name} asks for GPUs: say how many points side by side, --gpus N"
+        )
     try:
         states = sweep(study, root, on)
     except RuntimeError as error:  # of sbatch or squeue

@@ -1,7 +1,9 @@
-"""The processes of one training run: one alone, or those that `accelerate launch` or torchrun started, each on its device.
+"""The processes of one training run: one alone, or those that `accelerate launch` or torchrun
+started, each on its device.
 
-All of them hold the same rollouts, masks and records and decide alike; what they share out is the forwards.  n rows go to the
-processes in equal runs, the last row repeated where they do not come out even, so that all do equally many forwards (FSDP2 needs that).
+All of them hold the same rollouts, masks and records and decide alike; what they share out is the
+forwards.  n rows go to the processes in equal runs, the last row repeated where they do not come
+out even, so that all do equally many forwards (FSDP2 needs that).
 """
 
 import os
@@ -21,7 +23,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class World:
     rank: int = 0
     size: int = 1
-    sharded: bool = False  # FSDP2: each process holds a part of the weights; else each holds all of them
+    sharded: bool = (
+        False  # FSDP2: each process holds a part of the weights; else each holds all of them
+    )
     device: str = "cpu"
 
     def share(self, rows: int) -> slice | Tensor:
@@ -34,7 +38,8 @@ class World:
     def gather(self, mine: Tensor, rows: int) -> Tensor:
         """All `rows` rows from the processes' shares; a gradient flows to this process's own.
 
-        Every process computes the same loss from what it gathers, so the sum of their parameters' gradients is that of the loss.
+        Every process computes the same loss from what it gathers, so the sum of their parameters'
+        gradients is that of the loss.
         """
         return mine if self.size == 1 else _Gather.apply(mine, self)[:rows].clone()
 
@@ -68,17 +73,25 @@ ALONE = World()
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """The world that the launcher's environment describes; `accelerate launch --use_fsdp` asks for sharded weights."""
+    """The world that the launcher's environment describes; `accelerate launch --use_fsdp` asks for
+    sharded weights.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
     if device.startswith("cuda:"):
-        raise ValueError(f"device {device!r} would be that of all processes: give cuda, and each takes its own")
+        raise ValueError(
+            f"device {device!r} would be that of all processes: give cuda, and each takes its own"
+        )
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else transformers loads weights in one process only, for accelerate to spread
-    patience = timedelta(hours=2)  # the others wait while the first one judges completions or writes large weights
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
+        "false"  # else transformers loads weights in one process only, for accelerate to spread
+    )
+    patience = timedelta(
+        hours=2
+    )  # the others wait while the first one judges completions or writes large weights
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
     try:
         sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
@@ -88,7 +101,9 @@ def joined(device: str) -> Iterator[World]:
 
 
 def whole(value: Any, *, keep: bool = True) -> Any:
-    """A tensor, or each in a dict, with all its parts; parted ones are gathered one by one, to the CPU of processes that `keep` them."""
+    """A tensor, or each in a dict, with all its parts; parted ones are gathered one by one, to the
+    CPU of processes that `keep` them.
+    """
     if isinstance(value, dict):
         return {key: whole(v, keep=keep) for key, v in value.items()}
     if not isinstance(value, DTensor):
@@ -99,7 +114,11 @@ def whole(value: Any, *, keep: bool = True) -> Any:
 
 def parted(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor held as `like` is."""
-    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+    return (
+        distribute_tensor(tensor, like.device_mesh, like.placements)
+        if isinstance(like, DTensor)
+        else tensor
+    )
 
 
 class _Gather(torch.autograd.Function):

@@ -1,11 +1,14 @@
-"""Exact ELBO, exact log-likelihood and exact log-ratio of a masked diffusion model, by every subset of the tokens.
+"""Exact ELBO, exact log-likelihood and exact log-ratio of a masked diffusion model, by every subset
+of the tokens.
 
-Shapes: B sequences, u valid tokens of one row, 2^u subsets.  float64 nats.  Shares no code with the estimators.
+Shapes: B sequences, u valid tokens of one row, 2^u subsets.  float64 nats.  Shares no code with the
+estimators.
 
-The likelihood is that of the decoder that reveals one uniformly random token a step, drawn from its conditional:
-Z({}) = 1,  Z(S) = (1/|S|) sum over i in S of q(y_i | x, y without S) Z(S without i),  p(y|x) = Z(all).
-(Where some tokens stand from the start, or follow an end-of-text, it is the likelihood of the others given them.)
-The ELBO is the same recursion with the average inside the logarithm (Jensen), so ELBO <= log p.  (arXiv:2110.02037)
+The likelihood is that of the decoder that reveals one uniformly random token a step, drawn from its
+conditional: Z({}) = 1,  Z(S) = (1/|S|) sum over i in S of q(y_i | x, y without S) Z(S without i),
+p(y|x) = Z(all). (Where some tokens stand from the start, or follow an end-of-text, it is the
+likelihood of the others given them.) The ELBO is the same recursion with the average inside the
+logarithm (Jensen), so ELBO <= log p.  (arXiv:2110.02037)
 """
 
 import math
@@ -21,7 +24,9 @@ MOST_TOKENS = 16
 
 
 def exact_elbo(denoiser: Callable, batch: Batch, *, slice_size: int = 256) -> Float[Tensor, " B"]:
-    """ELBO(y|x) = sum over non-empty S of g(S) / (|S| C(u, |S|)), g(S) the summed log-probs of S hidden all at once."""
+    """ELBO(y|x) = sum over non-empty S of g(S) / (|S| C(u, |S|)), g(S) the summed log-probs of S
+    hidden all at once.
+    """
     return exact_scores(denoiser, batch, slice_size=slice_size)[0]
 
 
@@ -30,14 +35,22 @@ def exact_logp(denoiser: Callable, batch: Batch, *, slice_size: int = 256) -> Fl
     return exact_scores(denoiser, batch, slice_size=slice_size)[1]
 
 
-def exact_scores(denoiser: Callable, batch: Batch, *, slice_size: int = 256) -> tuple[Tensor, Tensor]:
+def exact_scores(
+    denoiser: Callable, batch: Batch, *, slice_size: int = 256
+) -> tuple[Tensor, Tensor]:
     """(ELBO, log p), each (B,), from one pass over the 2^u subsets of every distinct row."""
     tables = subset_tables(denoiser, batch, slice_size=slice_size)
-    return torch.stack([table_elbo(t) for t in tables]), torch.stack([table_logp(t) for t in tables])
+    return torch.stack([table_elbo(t) for t in tables]), torch.stack(
+        [table_logp(t) for t in tables]
+    )
 
 
-def count_moments(denoiser: Callable, batch: Batch, *, slice_size: int = 256) -> tuple[Tensor, Tensor]:
-    """(mean, variance), each (B,), of one view of the count-uniform estimator: exact, over l ~ U{1..u} and its subsets."""
+def count_moments(
+    denoiser: Callable, batch: Batch, *, slice_size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """(mean, variance), each (B,), of one view of the count-uniform estimator: exact, over l ~
+    U{1..u} and its subsets.
+    """
     moments = []
     for table in subset_tables(denoiser, batch, slice_size=slice_size):
         tokens = table.shape[1]
@@ -48,23 +61,37 @@ def count_moments(denoiser: Callable, batch: Batch, *, slice_size: int = 256) ->
     return tuple(torch.stack(moments, 1))
 
 
-def subset_tables(denoiser: Callable, batch: Batch, *, slice_size: int = 256) -> list[Float[Tensor, "S u"]]:
-    """`subset_table` of every row; rows that are equal in every way, as greedy samples often are, share one."""
+def subset_tables(
+    denoiser: Callable, batch: Batch, *, slice_size: int = 256
+) -> list[Float[Tensor, "S u"]]:
+    """`subset_table` of every row; rows that are equal in every way, as greedy samples often are,
+    share one.
+    """
     distinct, which = batch.distinct()
-    tables = [subset_table(denoiser, distinct, row, slice_size=slice_size) for row in range(len(distinct))]
+    tables = [
+        subset_table(denoiser, distinct, row, slice_size=slice_size) for row in range(len(distinct))
+    ]
     return [tables[i] for i in which.tolist()]
 
 
-def subset_table(denoiser: Callable, batch: Batch, row: int, *, slice_size: int = 256) -> Float[Tensor, "S u"]:
-    """log q(y_i | x, y without S) for all 2^u subsets S of a row (bit j of the index = j-th valid token hidden), 0 outside S."""
+def subset_table(
+    denoiser: Callable, batch: Batch, row: int, *, slice_size: int = 256
+) -> Float[Tensor, "S u"]:
+    """log q(y_i | x, y without S) for all 2^u subsets S of a row (bit j of the index = j-th valid
+    token hidden), 0 outside S.
+    """
     where = batch.valid[row].nonzero()[:, 0]
     tokens = len(where)
     if not 1 <= tokens <= MOST_TOKENS:
-        raise ValueError(f"the oracle enumerates 2^u subsets, so it takes 1..{MOST_TOKENS} valid tokens, not {tokens}")
+        raise ValueError(
+            f"the oracle enumerates 2^u subsets, so it takes 1..{MOST_TOKENS} valid tokens, not {tokens}"
+        )
     subsets = (torch.arange(2**tokens)[:, None] >> torch.arange(tokens) & 1).bool().to(where.device)
     rows = []
     for part in subsets.split(slice_size):
-        hidden = torch.zeros(len(part), batch.completion.shape[1], dtype=torch.bool, device=where.device)
+        hidden = torch.zeros(
+            len(part), batch.completion.shape[1], dtype=torch.bool, device=where.device
+        )
         hidden[:, where] = part
         copies = batch.rows(torch.full((len(part),), row, device=where.device))
         rows.append(denoiser(copies, hidden)[:, where].double().where(part, 0.0))
@@ -94,7 +121,12 @@ def table_logp(table: Float[Tensor, "S u"]) -> Float[Tensor, ""]:
 
 
 def _sizes_and_law(tokens):
-    """|S| and the probability 1/(u C(u, |S|)) of S under the count-uniform law, for all 2^u subsets (0 for the empty one)."""
+    """|S| and the probability 1/(u C(u, |S|)) of S under the count-uniform law, for all 2^u subsets
+    (0 for the empty one).
+    """
     size = torch.tensor([s.bit_count() for s in range(2**tokens)], dtype=torch.float64)
-    law = torch.tensor([0.0] + [1 / (tokens * math.comb(tokens, n)) for n in range(1, tokens + 1)], dtype=torch.float64)
+    law = torch.tensor(
+        [0.0] + [1 / (tokens * math.comb(tokens, n)) for n in range(1, tokens + 1)],
+        dtype=torch.float64,
+    )
     return size, law[size.long()]

@@ -1,6 +1,8 @@
-"""What a sweep costs beside the same notebooks one after the other in one process: `python tests/bench_sweep.py`; not a test.
+"""What a sweep costs beside the same notebooks one after the other in one process: `python
+tests/bench_sweep.py`; not a test.
 
-12 points of a notebook that sleeps a second, 2 slots.  Overhead a point: (2 slots x sweep - back to back) / 12 seconds of a slot.
+12 points of a notebook that sleeps a second, 2 slots.  Overhead a point: (2 slots x sweep - back to
+back) / 12 seconds of a slot.
 """
 
 import sys
@@ -27,16 +29,26 @@ def main() -> int:
             study = grid_study(notebook, {}, {"steps": list(range(POINTS))}, home / name)
             began = time.monotonic()
             if name == "sweep":
-                states = sweep(study, home / name, resources("local", jobs=SLOTS), said=lambda line: None)
+                states = sweep(
+                    study, home / name, resources("local", jobs=SLOTS), said=lambda line: None
+                )
                 assert set(states.values()) == {"done"}
             else:
                 for point in study.points:
-                    outcome = run_notebook(notebook, point.given, runs=home / name, name=point.name, report=lambda line: None)
+                    outcome = run_notebook(
+                        notebook,
+                        point.given,
+                        runs=home / name,
+                        name=point.name,
+                        report=lambda line: None,
+                    )
                     assert outcome.code == 0, outcome
             seconds[name] = time.monotonic() - began
     overhead = (SLOTS * seconds["sweep"] - seconds["back to back"]) / POINTS
     ratio = seconds["sweep"] / seconds["back to back"]
-    print(f"{POINTS} points: back to back in one process {seconds['back to back']:.1f} s, sweep on {SLOTS} slots {seconds['sweep']:.1f} s")
+    print(
+        f"{POINTS} points: back to back in one process {seconds['back to back']:.1f} s, sweep on {SLOTS} slots {seconds['sweep']:.1f} s"
+    )
     print(f"ratio {ratio:.2f}; overhead of the sweep {overhead:.2f} s of a slot a point")
     return 0
 

@@ -7,7 +7,10 @@ from rspo_lab.batch import Batch
 
 
 def test_distinct_rows_stand_for_all():
-    batch = completions([[0, 1], [2, 2], [0, 1], [0, 1], [2, 2]], [[True, True], [True, True], [True, True], [True, False], [True, True]])
+    batch = completions(
+        [[0, 1], [2, 2], [0, 1], [0, 1], [2, 2]],
+        [[True, True], [True, True], [True, True], [True, False], [True, True]],
+    )
     distinct, which = batch.distinct()
     assert len(distinct) == 3 and which[0] == which[2] != which[3] and which[1] == which[4]
     back = distinct.rows(which)

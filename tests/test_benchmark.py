@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rspo_lab.models import diffusion_lm as models
-from rspo_lab.runs import run as runs
 from rspo_lab.benchmarks.evaluate import BenchmarkConfig, benchmark
+from rspo_lab.benchmarks.grade import grade, pass_at_k
 from rspo_lab.cli import main
 from rspo_lab.decoding import prompts, texts
-from rspo_lab.benchmarks.grade import grade, pass_at_k
+from rspo_lab.models import diffusion_lm as models
+from rspo_lab.runs import run as runs
 from rspo_lab.runs.run import RunError
 from rspo_lab.tasks import gsm8k, sudoku
 
@@ -41,7 +41,11 @@ def reader(tmp_path):
     small.tokenizer.chat_template = TEMPLATE
     small.save(tmp_path / "reader")
     data = tmp_path / "problems.jsonl"
-    data.write_text("".join(json.dumps({"question": f"What is {n}?", "answer": f"#### {n}"}) + "\n" for n in (1, 2)))
+    data.write_text(
+        "".join(
+            json.dumps({"question": f"What is {n}?", "answer": f"#### {n}"}) + "\n" for n in (1, 2)
+        )
+    )
     return small, tmp_path / "reader", data
 
 
@@ -49,42 +53,69 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample():
     for n, correct in ((5, 0), (5, 2), (5, 5), (1, 1)):
         for k in range(1, n + 1):
             subsets = list(itertools.combinations(range(n), k))
-            assert pass_at_k(n, correct, k) == pytest.approx(sum(min(s) < correct for s in subsets) / len(subsets))
+            assert pass_at_k(n, correct, k) == pytest.approx(
+                sum(min(s) < correct for s in subsets) / len(subsets)
+            )
 
 
 def test_the_published_schedule():
     d1 = BenchmarkConfig(model="base-sudoku", task="gsm8k")
     assert [d1.schedule(length) for length in (128, 256, 512)] == [(32, 64), (32, 128), (32, 256)]
     assert (d1.style, d1.temperature, d1.samples) == ("d1-eval", 0.0, 1)
-    assert dataclasses.replace(d1, block=8, steps=64).schedule(64) == (8, 64) and SUDOKU.schedule(16) == (16, 8)
+    assert dataclasses.replace(d1, block=8, steps=64).schedule(64) == (8, 64) and SUDOKU.schedule(
+        16
+    ) == (16, 8)
 
 
 def test_a_small_model_is_graded_in_seconds(tmp_path):
     (found,) = benchmark(SUDOKU, tmp_path / "a", [], protocol="strict")
     file = tmp_path / "a/completions_16.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [row["id"] for row in rows] == [e.id for e in sudoku.examples("test", 24, seed=0)] and found.problems == 24
-    assert (found.grade.n, found.length, found.pass_at) == (24, 16, {}) and 0 < found.grade.correct < 24
+    assert [row["id"] for row in rows] == [
+        e.id for e in sudoku.examples("test", 24, seed=0)
+    ] and found.problems == 24
+    assert (found.grade.n, found.length, found.pass_at) == (
+        24,
+        16,
+        {},
+    ) and 0 < found.grade.correct < 24
     assert found.grade == grade(file, "sudoku", "strict")
     written = json.loads((tmp_path / "a/results.json").read_text())
-    assert written["results"] == [found.to_dict()] and written["results"][0]["accuracy"] == found.grade.accuracy
-    (cells,) = benchmark(SUDOKU, tmp_path / "a", [], protocol="d1")  # graded anew, not completed anew
+    assert (
+        written["results"] == [found.to_dict()]
+        and written["results"][0]["accuracy"] == found.grade.accuracy
+    )
+    (cells,) = benchmark(
+        SUDOKU, tmp_path / "a", [], protocol="d1"
+    )  # graded anew, not completed anew
     assert "blank cells" in cells.to_text() and cells.grade.correct > found.grade.correct
 
 
 def test_samples_give_pass_at_k(tmp_path):
     config = dataclasses.replace(SUDOKU, samples=4, temperature=1.0, problems=12, batch=16)
     (found,) = benchmark(config, tmp_path / "a", [], protocol="strict", ks=[1, 4])
-    rows = [json.loads(line) for line in (tmp_path / "a/completions_16.jsonl").read_text().splitlines()]
-    assert [(row["id"], row["sample"]) for row in rows[3:6]] == [(rows[0]["id"], 3), (rows[4]["id"], 0), (rows[4]["id"], 1)]
+    rows = [
+        json.loads(line) for line in (tmp_path / "a/completions_16.jsonl").read_text().splitlines()
+    ]
+    assert [(row["id"], row["sample"]) for row in rows[3:6]] == [
+        (rows[0]["id"], 3),
+        (rows[4]["id"], 0),
+        (rows[4]["id"], 1),
+    ]
     solved = [bool(v.reward) for v in found.grade.verdicts]
     assert found.pass_at[1][0] == pytest.approx(found.grade.accuracy)
-    assert found.pass_at[4][0] == pytest.approx(sum(any(solved[i : i + 4]) for i in range(0, 48, 4)) / 12)
+    assert found.pass_at[4][0] == pytest.approx(
+        sum(any(solved[i : i + 4]) for i in range(0, 48, 4)) / 12
+    )
     assert all(0 <= low <= share <= high <= 1 for share, low, high in found.pass_at.values())
-    assert found.grade.high - found.grade.low > grade_width(found.grade.correct, 48)  # samples of one problem agree
+    assert found.grade.high - found.grade.low > grade_width(
+        found.grade.correct, 48
+    )  # samples of one problem agree
     assert "pass@4" in found.to_text() and list(found.to_dict()["pass_at"]) == ["1", "4"]
     again = benchmark(dataclasses.replace(config, seed=1), tmp_path / "b", [], protocol="strict")[0]
-    assert (tmp_path / "b/completions_16.jsonl").read_text() != (tmp_path / "a/completions_16.jsonl").read_text() and not again.pass_at
+    assert (tmp_path / "b/completions_16.jsonl").read_text() != (
+        tmp_path / "a/completions_16.jsonl"
+    ).read_text() and not again.pass_at
 
 
 def grade_width(correct, n):
@@ -102,12 +133,16 @@ def test_a_killed_run_ends_in_the_rows_of_one_that_was_not(tmp_path):
         words += [f"--{name}", str(value)] if value else []
     path = tmp_path / "killed/completions_16.jsonl"
     with subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
-        while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= 14):
+        while process.poll() is None and not (
+            path.exists() and path.read_bytes().count(b"\n") >= 14
+        ):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     written = path.read_bytes()
     assert 14 <= written.count(b"\n")
-    cut = written[: written.rstrip(b"\n").rfind(b"\n") + 60]  # as if the kill had hit the middle of a line, and of a batch
+    cut = written[
+        : written.rstrip(b"\n").rfind(b"\n") + 60
+    ]  # as if the kill had hit the middle of a line, and of a batch
     path.write_bytes(cut)
     benchmark(config, tmp_path / "killed", [])
     assert path.read_bytes() == (tmp_path / "whole/completions_16.jsonl").read_bytes()
@@ -139,7 +174,9 @@ def test_other_parameters_and_other_problems_are_refused(tmp_path):
 def test_messages_take_the_chat_template_and_the_prefill(reader):
     small, _, data = reader
     example = gsm8k.read(data, 1)
-    (evaluation,), (training,) = (prompts(small, gsm8k, example, style) for style in ("d1-eval", "d1"))
+    (evaluation,), (training,) = (
+        prompts(small, gsm8k, example, style) for style in ("d1-eval", "d1")
+    )
     assert evaluation == f"[user]{gsm8k.prompt(example[0], 'd1-eval')}[assistant]<reasoning>"
     assert training == f"[user]{gsm8k.prompt(example[0], 'd1')}[assistant]"
     (compact,) = prompts(small, sudoku, [sudoku.Example("", "0" * 16, "")], "compact")
@@ -150,34 +187,58 @@ def test_completions_in_words_keep_their_end(reader):
     small = reader[0]
     ids = small.tokenizer.convert_tokens_to_ids([*"ab", "<eos>", *"cd", "<eos>"])
     completion = torch.tensor([ids, [ids[0]] * 6])
-    assert texts(small, completion, "d1-eval") == ["ab<eos>", "aaaaaa"] and texts(small, completion, "compact") == ["ab", "aaaaaa"]
+    assert texts(small, completion, "d1-eval") == ["ab<eos>", "aaaaaa"] and texts(
+        small, completion, "compact"
+    ) == ["ab", "aaaaaa"]
 
 
 def test_a_model_that_reads_words_at_several_lengths(reader, tmp_path):
     _, folder, data = reader
-    config = BenchmarkConfig(model=str(folder), task="gsm8k", data=str(data), block=4, temperature=1.0, samples=2)
+    config = BenchmarkConfig(
+        model=str(folder), task="gsm8k", data=str(data), block=4, temperature=1.0, samples=2
+    )
     found = benchmark(config, tmp_path / "a", [8, 16], protocol="d1", ks=[2])
     assert [(r.length, r.problems, r.grade.n) for r in found] == [(8, 2, 4), (16, 2, 4)]
     row = json.loads((tmp_path / "a/completions_16.jsonl").read_text().splitlines()[2])
-    assert (row["question"], row["ground_truth"], row["style"], row["sample"]) == ("What is 2?", 2.0, "d1-eval", 0)
+    assert (row["question"], row["ground_truth"], row["style"], row["sample"]) == (
+        "What is 2?",
+        2.0,
+        "d1-eval",
+        0,
+    )
     assert main(["grade", str(tmp_path / "a/completions_16.jsonl"), "--task", "gsm8k"]) == 0
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--task sudoku --style compact --lengths 16", "the compact style has the task's own length: give no lengths"),
+        (
+            "--task sudoku --style compact --lengths 16",
+            "the compact style has the task's own length: give no lengths",
+        ),
         ("--task sudoku", "give lengths, such as 128,256,512"),
         ("--task gsm8k --style compact", "gsm8k has no compact style"),
         ("--task gsm --lengths 128", "did you mean 'gsm8k'?"),
-        ("--task gsm8k --lengths 128,x", "write whole numbers with commas between them, not '128,x'"),
+        (
+            "--task gsm8k --lengths 128,x",
+            "write whole numbers with commas between them, not '128,x'",
+        ),
         ("--task gsm8k --lengths 100", "length 100 is not a multiple of block 32"),
-        ("--task gsm8k --lengths 128 --steps 3", "3 steps do not come out even for the 4 blocks of length 128"),
-        ("--task gsm8k --lengths 128 --style d2", "unknown style 'd2': choose from compact, d1, d1-eval"),
+        (
+            "--task gsm8k --lengths 128 --steps 3",
+            "3 steps do not come out even for the 4 blocks of length 128",
+        ),
+        (
+            "--task gsm8k --lengths 128 --style d2",
+            "unknown style 'd2': choose from compact, d1, d1-eval",
+        ),
         ("--task gsm8k --lengths 128 --protocol d2", "unknown protocol 'd2'"),
         ("--task gsm8k --lengths 128 --dtype int8", "unknown dtype 'int8'"),
         ("--task gsm8k --lengths 128 --samples 4", "samples at temperature 0 are all alike"),
-        ("--task gsm8k --lengths 128 --samples 4 --temperature 1 --k 8", "pass@8 needs k from 1 to the 4 samples"),
+        (
+            "--task gsm8k --lengths 128 --samples 4 --temperature 1 --k 8",
+            "pass@8 needs k from 1 to the 4 samples",
+        ),
         ("--task gsm8k --lengths 128 --temperature -1", "must be at least 0"),
         ("--task gsm8k --lengths 128 --temperature nan", "must be at least 0"),
         ("--task gsm8k --lengths 128 --batch 0", "batch must be at least 1, not 0"),

@@ -1,6 +1,8 @@
-"""JupyterLab in a real headless Chromium: training that is watched, stopped and gone on with; the explorer's sliders and its play.
+"""JupyterLab in a real headless Chromium: training that is watched, stopped and gone on with; the
+explorer's sliders and its play.
 
-On a copy of the notebooks with tiny parameters.  Screenshots: in $RSPO_LAB_SCREENSHOTS, else in runs/browser/.
+On a copy of the notebooks with tiny parameters.  Screenshots: in $RSPO_LAB_SCREENSHOTS, else in
+runs/browser/.
 """
 
 import json
@@ -24,37 +26,64 @@ from rspo_lab.runs.parameters import declared
 from rspo_lab.sweeps.report import report
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 SHOTS = Path(os.environ.get("RSPO_LAB_SCREENSHOTS", ROOT / "runs/browser"))
 PATIENCE = 120  # seconds for anything a page waits for
 TINY = {
-    "02_train.ipynb": {"steps": 4000, "prompts": 2, "group": 4, "eval_every": 1000, "eval_problems": 8, "device": "cpu"},
+    "02_train.ipynb": {
+        "steps": 4000,
+        "prompts": 2,
+        "group": 4,
+        "eval_every": 1000,
+        "eval_problems": 8,
+        "device": "cpu",
+    },
     "explore.ipynb": {"prompts": 2, "group": 4, "redraws": 50, "train_steps": 2},
 }
 FLAGS = "no-sandbox disable-dev-shm-usage disable-gpu disable-quic no-first-run disable-background-networking disable-sync".split()
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[test]")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: pip install -e .[test]"
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium"
+)
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """(URL, folder, ask) of a JupyterLab of its own on the copied notebooks; ask(path) reads its REST API."""
+    """(URL, folder, ask) of a JupyterLab of its own on the copied notebooks; ask(path) reads its
+    REST API.
+    """
     home = tmp_path_factory.mktemp("lab")
     (home / "notebooks").mkdir()
     for name, values in TINY.items():
         book = nbformat.read(ROOT / "notebooks" / name, 4)
         (cell,) = (cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ()))
         for parameter, value in values.items():
-            cell.source, found = re.subn(rf"(?m)^({parameter}: \w+ = )[^#]*", lambda m, v=value: f"{m[1]}{v!r}  ", cell.source)
+            cell.source, found = re.subn(
+                rf"(?m)^({parameter}: \w+ = )[^#]*",
+                lambda m, v=value: f"{m[1]}{v!r}  ",
+                cell.source,
+            )
             assert found == 1, parameter
         nbformat.write(book, home / "notebooks" / name)
-        assert {p.name: p.default for p in declared(home / "notebooks" / name).values()}.items() >= values.items()
+        assert {
+            p.name: p.default for p in declared(home / "notebooks" / name).values()
+        }.items() >= values.items()
     news = home / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
     news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    places = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
-    places |= {"JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "IPYTHONDIR": str(home / "ipython"), "OMP_NUM_THREADS": "1"}
+    places = {
+        f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")
+    }
+    places |= {
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "IPYTHONDIR": str(home / "ipython"),
+        "OMP_NUM_THREADS": "1",
+    }
     places |= {"RSPO_LAB_RUNS": str(home / "runs")}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,13 +91,24 @@ def lab(tmp_path_factory):
     options = f"--no-browser --allow-root --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 --IdentityProvider.token=t".split()
     with (home / "lab.log").open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *options, f"--ServerApp.root_dir={home / 'notebooks'}"],
-            env={name: value for name, value in os.environ.items() if name != "RSPO_LAB_HEADLESS"} | places,
-            stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "jupyterlab",
+                *options,
+                f"--ServerApp.root_dir={home / 'notebooks'}",
+            ],
+            env={name: value for name, value in os.environ.items() if name != "RSPO_LAB_HEADLESS"}
+            | places,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
     def ask(path: str):
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/{path}?token=t", timeout=10) as answer:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{port}/api/{path}?token=t", timeout=10
+        ) as answer:
             return json.load(answer)
 
     try:
@@ -76,7 +116,10 @@ def lab(tmp_path_factory):
         assert server.poll() is None, (home / "lab.log").read_text()[-2000:]
         yield f"http://127.0.0.1:{port}/lab/tree", home, ask
     finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):  # the server ends its kernels, which are sessions of their own, at SIGTERM
+        for number in (
+            signal.SIGTERM,
+            signal.SIGKILL,
+        ):  # the server ends its kernels, which are sessions of their own, at SIGTERM
             try:
                 os.killpg(server.pid, number)
                 server.wait(15)
@@ -95,26 +138,39 @@ def _answers(ask) -> bool:
 @pytest.fixture(scope="module")
 def chromium():
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=[f"--{flag}" for flag in FLAGS])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, headless=True, args=[f"--{flag}" for flag in FLAGS]
+        )
         yield browser
         browser.close()
 
 
 @pytest.fixture
 def open_notebook(lab, chromium):
-    """Opens a notebook of the lab and waits for its kernel; at the end no page may have logged an error."""
+    """Opens a notebook of the lab and waits for its kernel; at the end no page may have logged an
+    error.
+    """
     url, _, ask = lab
     errors = []
     page = chromium.new_page(viewport={"width": 1200, "height": 1400})
     page.set_default_timeout(1000 * PATIENCE)
     page.on("pageerror", lambda error: errors.append(f"page: {error}"))
-    page.on("console", lambda message: errors.append(f"console: {message.text} ({message.location})") if message.type == "error" else None)
+    page.on(
+        "console",
+        lambda message: (
+            errors.append(f"console: {message.text} ({message.location})")
+            if message.type == "error"
+            else None
+        ),
+    )
 
     def open_(name: str):
         page.goto(f"{url}/{name}?token=t&reset")
         page.locator(".jp-Notebook").wait_for()
         ready = {"name": name, "idle": True}
-        wait_for(lambda: ready in [_state(session) for session in ask("sessions")])  # else Run All asks for a kernel, and hangs
+        wait_for(
+            lambda: ready in [_state(session) for session in ask("sessions")]
+        )  # else Run All asks for a kernel, and hangs
         return page
 
     yield open_
@@ -124,7 +180,10 @@ def open_notebook(lab, chromium):
 
 def _state(session) -> dict:
     kernel = session["kernel"]
-    return {"name": session["name"], "idle": kernel["execution_state"] == "idle" and kernel["connections"] >= 1}
+    return {
+        "name": session["name"],
+        "idle": kernel["execution_state"] == "idle" and kernel["connections"] >= 1,
+    }
 
 
 def wait_for(condition) -> None:
@@ -154,7 +213,9 @@ def another_picture(page, image, act=lambda: None) -> float:
 
 def metrics(folder: Path) -> list[int]:
     """The steps that a run has recorded."""
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_training_lives_stops_and_goes_on(lab, open_notebook):
@@ -172,7 +233,9 @@ def test_training_lives_stops_and_goes_on(lab, open_notebook):
     shoot(page, "train-stopped")
     stopped = metrics(folder)
     assert stopped == list(range(len(stopped))) and 2 < len(stopped) < 4000
-    assert page.locator(".jp-RenderedImage img").count() == 2  # the saved figures, of the cells below
+    assert (
+        page.locator(".jp-RenderedImage img").count() == 2
+    )  # the saved figures, of the cells below
 
     page.locator(".jp-CodeCell", has_text="live.train(config").locator(".cm-content").click()
     page.keyboard.press("Control+Enter")
@@ -186,59 +249,95 @@ def test_training_lives_stops_and_goes_on(lab, open_notebook):
     page.locator(".jupyter-widgets", has_text="stopped after step").first.wait_for()
     shoot(page, "train-resumed")
     resumed = metrics(folder)
-    assert resumed == list(range(len(resumed))) and len(resumed) > len(stopped) + 2  # every step once: from there, not from 0
+    assert (
+        resumed == list(range(len(resumed))) and len(resumed) > len(stopped) + 2
+    )  # every step once: from there, not from 0
 
 
 def test_explorer_moves_and_plays(open_notebook):
     page = open_notebook("explore.ipynb")
     run_all(page)
-    page.locator(".jp-RenderedImage img").nth(1).wait_for(state="attached")  # the saved figures, of the cells below
-    image, seconds = page.locator("img.jupyter-widgets").last, []  # an earlier one is that of the short training
+    page.locator(".jp-RenderedImage img").nth(1).wait_for(
+        state="attached"
+    )  # the saved figures, of the cells below
+    image, seconds = (
+        page.locator("img.jupyter-widgets").last,
+        [],
+    )  # an earlier one is that of the short training
     page.locator(".widget-select select").scroll_into_view_if_needed()
     shoot(page, "explore")
     for label in ("K", "λ"):
-        handle = page.locator(".widget-inline-hbox", has=page.get_by_text(label, exact=True)).locator(".noUi-handle")
+        handle = page.locator(
+            ".widget-inline-hbox", has=page.get_by_text(label, exact=True)
+        ).locator(".noUi-handle")
         handle.focus()
-        seconds.append(another_picture(page, image, lambda handle=handle: handle.press("ArrowRight")))
+        seconds.append(
+            another_picture(page, image, lambda handle=handle: handle.press("ArrowRight"))
+        )
     again = page.locator("button.jupyter-button", has_text="draw the K masks again")
     seconds.append(another_picture(page, image, again.click))
     shoot(page, "explore-moved")
-    print("seconds from a move of K, of lambda and a redraw to the figure:", [round(s, 2) for s in seconds])
+    print(
+        "seconds from a move of K, of lambda and a redraw to the figure:",
+        [round(s, 2) for s in seconds],
+    )
 
-    grid, play = page.locator(".widget-html-content").last, page.locator(".widget-play button").first
+    grid, play = (
+        page.locator(".widget-html-content").last,
+        page.locator(".widget-play button").first,
+    )
     whole = grid.inner_text()
     assert "solved" in whole and "%" in whole
     grid.scroll_into_view_if_needed()
     play.click()
-    page.wait_for_function("grid => grid.innerText.includes('step 2 of')", arg=grid.element_handle())
+    page.wait_for_function(
+        "grid => grid.innerText.includes('step 2 of')", arg=grid.element_handle()
+    )
     shoot(page, "explore-playing")
     early = grid.inner_text().count("%")
-    page.wait_for_function("grid => grid.innerText.includes('step 5 of')", arg=grid.element_handle())
+    page.wait_for_function(
+        "grid => grid.innerText.includes('step 5 of')", arg=grid.element_handle()
+    )
     play.click()  # pause
     assert 0 < early < grid.inner_text().count("%") <= whole.count("%")
 
 
 def test_a_report_is_read_from_disk_on_screen_and_on_paper(chromium, tmp_path):
-    """Two arms of two seeds and one that failed: every figure shows, nothing is asked of a network, nothing is cut off."""
+    """Two arms of two seeds and one that failed: every figure shows, nothing is asked of a network,
+    nothing is cut off.
+    """
     for i, (lam, rate) in enumerate(((0.0, 0.4), (0.0, 0.5), (0.1, 0.7), (0.1, 0.6), (0.3, 0.5))):
         folder = written(tmp_path / f"study/rspo/{i}", {"lam": lam, "seed": i % 2}, 0.5, rate)
         write_json(folder / "params.json", {"lam": lam, "seed": i % 2, "views": 4})
-        failed = {"state": "failed", "error": {"kind": "cell", "message": "Diverged: " + "a long story " * 30}}
+        failed = {
+            "state": "failed",
+            "error": {"kind": "cell", "message": "Diverged: " + "a long story " * 30},
+        }
         write_json(folder / "status.json", failed if lam == 0.3 else {"state": "done"})
-        write_json(folder / "provenance.json", {"git": "0" * 40, "versions": {"torch": "2.13.0", "a-long-package-name": "1.2.3"}})
+        write_json(
+            folder / "provenance.json",
+            {"git": "0" * 40, "versions": {"torch": "2.13.0", "a-long-package-name": "1.2.3"}},
+        )
     requests, errors = [], []
     page = chromium.new_page(viewport={"width": 1280, "height": 1400})
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
+    )
     page.on("request", lambda request: requests.append(request.url))
     page.goto(report(tmp_path / "study").as_uri())
-    assert page.locator("h2").first.inner_text() == "Not done" and page.locator("h2").nth(1).inner_text() == "What was run"
+    assert (
+        page.locator("h2").first.inner_text() == "Not done"
+        and page.locator("h2").nth(1).inner_text() == "What was run"
+    )
     shown = "images => images.filter(i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width > 300).length"
     count = page.locator("img").count()
     assert count >= 2 and page.locator("img").evaluate_all(shown) == count
     cut = "(all, width) => all.filter(e => e.getBoundingClientRect().right > width + 1).map(e => e.tagName + e.innerText)"
     assert page.locator("p, td, th, img, figcaption").evaluate_all(cut, 1280) == []
-    assert page.locator(".wide").evaluate_all("all => all.every(e => e.scrollWidth <= e.clientWidth)")  # no table needs scrolling
+    assert page.locator(".wide").evaluate_all(
+        "all => all.every(e => e.scrollWidth <= e.clientWidth)"
+    )  # no table needs scrolling
     shoot(page, "report")
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 718, "height": 1000})  # A4 less margins of 1 cm, in CSS pixels

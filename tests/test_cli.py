@@ -1,4 +1,6 @@
-"""The command line: exit codes, one clear line for every error, and nothing heavy before the input is good."""
+"""The command line: exit codes, one clear line for every error, and nothing heavy before the input
+is good.
+"""
 
 import json
 import os
@@ -11,12 +13,21 @@ from pathlib import Path
 import pytest
 from throwaway import make
 
-from rspo_lab.runs import run as runs_module
 from rspo_lab.cli import main
+from rspo_lab.runs import run as runs_module
 from rspo_lab.runs.files import read_json
 from rspo_lab.runs.run import load_runs, open_run, release
 
-HEAVY = ("torch", "papermill", "pandas", "matplotlib", "IPython", "nbformat", "transformers", "numpy")
+HEAVY = (
+    "torch",
+    "papermill",
+    "pandas",
+    "matplotlib",
+    "IPython",
+    "nbformat",
+    "transformers",
+    "numpy",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -63,18 +74,27 @@ def training(monkeypatch):
         ("", "the following arguments are required: COMMAND (see rspo-lab --help)"),
         ("run", "the following arguments are required: notebook (see rspo-lab run --help)"),
         ("run x.ipynb", "no notebook at x.ipynb"),
-        ("run notebooks/demo.ipynb -p stpes 3", "unknown parameter 'stpes': did you mean 'steps'? declared: steps, lam, data"),
+        (
+            "run notebooks/demo.ipynb -p stpes 3",
+            "unknown parameter 'stpes': did you mean 'steps'? declared: steps, lam, data",
+        ),
         ("run notebooks/demo.ipynb -p steps abc", "parameter steps: given 'abc', expected int"),
         ("run notebooks/demo.ipynb -p steps 1 -p steps 2", "parameter steps is given twice"),
         ("run notebooks/demo.ipynb -p steps", "write -p NAME VALUE"),
         ("run notebooks/demo.ipynb -p steps=3 -p lam 1", "write -p NAME VALUE"),
         ("run notebooks/demo.ipynb --runs file/x", None),
-        ("run notebooks/demo.ipynb --timeout x", "argument --timeout: invalid float value: 'x' (see rspo-lab run --help)"),
+        (
+            "run notebooks/demo.ipynb --timeout x",
+            "argument --timeout: invalid float value: 'x' (see rspo-lab run --help)",
+        ),
         ("runs nowhere", "no folder of runs at nowhere"),
         ("grade none.jsonl --task countdown", "No such file or directory: none.jsonl"),
         ("train -p task sudoku", "name the run's folder: --run DIR"),
         ("train --run r -p steps 4", "no value for task: give -p task VALUE"),
-        ("train --run r -p task a -p stpes 4", "unknown parameter 'stpes': did you mean 'steps'? declared: task, steps, lr"),
+        (
+            "train --run r -p task a -p stpes 4",
+            "unknown parameter 'stpes': did you mean 'steps'? declared: task, steps, lr",
+        ),
         ("train --run r -p task a -p steps 0", "steps must be at least 1"),
     ],
 )
@@ -106,7 +126,9 @@ print(codes, [name for name in {HEAVY!r} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[2, 0, 2, 0, 0, 0, 0] []"
-    assert done.stdout.startswith("steps: int = 3  # how many; GPU: 2000\nlam: float = 0.1\ndata: str | None = None\n")
+    assert done.stdout.startswith(
+        "steps: int = 3  # how many; GPU: 2000\nlam: float = 0.1\ndata: str | None = None\n"
+    )
 
 
 def test_run_and_runs(capsys):
@@ -120,8 +142,18 @@ def test_run_and_runs(capsys):
     assert err.startswith("rspo-lab: AssertionError: too large (see ") and err.count("\n") == 1
     assert main(["runs"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["name", "key", "state", "progress", "lam", "error"]  # steps and data are the same in all
-    assert sorted([line[0], line[2], line[3]] for line in lines[1:]) == [["demo", "done", "-0.0001"], ["demo", "failed", "0.5"]]
+    assert lines[0] == [
+        "name",
+        "key",
+        "state",
+        "progress",
+        "lam",
+        "error",
+    ]  # steps and data are the same in all
+    assert sorted([line[0], line[2], line[3]] for line in lines[1:]) == [
+        ["demo", "done", "-0.0001"],
+        ["demo", "failed", "0.5"],
+    ]
 
 
 def test_runs_of_an_empty_folder(capsys):
@@ -132,7 +164,10 @@ def test_runs_of_an_empty_folder(capsys):
 
 def test_train_opens_a_run_and_finishes_it(capsys, training):
     assert main(["train", "--run", "runs/x", "-p", "task", "sudoku", "-p", "lr", "1"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["step 1/3  reward 0.50", f"done: {Path('runs/x').resolve()}"]
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/3  reward 0.50",
+        f"done: {Path('runs/x').resolve()}",
+    ]
     assert read_json(Path("runs/x/params.json")) == {"task": "sudoku", "steps": 3, "lr": 1.0}
     assert read_json(Path("runs/x/status.json"))["state"] == "done"
     assert main(["train", "--run", "runs/x", "-p", "task", "countdown"]) == 2
@@ -155,12 +190,16 @@ def test_train_lists_its_options(capsys, training):
 def test_the_real_training_options_are_of_types_that_cross(capsys):
     assert main(["train", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "task: str" in lines and all(line.split()[1] in ("int", "float", "str", "bool") for line in lines)
+    assert "task: str" in lines and all(
+        line.split()[1] in ("int", "float", "str", "bool") for line in lines
+    )
 
 
 def test_a_run_in_use_is_exit_2(capsys, training):
     code = "import pathlib, rspo_lab.runs.run as r; r.open_run(pathlib.Path('x'), {}); print('open', flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
         assert other.stdout.readline() == b"open\n"
         assert main(["train", "--run", "x", "-p", "task", "a"]) == 2
         assert f"in use by process {other.pid}" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""Countdown: problems and splits, exact strict verifier, attacks, d1's scorer with its oddities, files."""
+"""Countdown: problems and splits, exact strict verifier, attacks, d1's scorer with its oddities,
+files.
+"""
 
 import os
 import random
@@ -11,11 +13,15 @@ import pytest
 from rspo_lab.tasks import countdown, countdown_d1
 
 EXAMPLE = countdown.Example("e", (3, 7, 2), 23)
-needs_files = pytest.mark.skipif("RSPO_LAB_BENCHMARKS" not in os.environ, reason="RSPO_LAB_BENCHMARKS is not set")
+needs_files = pytest.mark.skipif(
+    "RSPO_LAB_BENCHMARKS" not in os.environ, reason="RSPO_LAB_BENCHMARKS is not set"
+)
 
 
 def judge(completion, numbers=(3, 7, 2), target=23, protocol="strict", style="compact"):
-    return countdown.verdict(completion, countdown.Example("e", numbers, target), protocol=protocol, style=style)
+    return countdown.verdict(
+        completion, countdown.Example("e", numbers, target), protocol=protocol, style=style
+    )
 
 
 def d1(completion, numbers=(3, 7, 2), target=23):
@@ -25,7 +31,9 @@ def d1(completion, numbers=(3, 7, 2), target=23):
 def test_splits_share_no_problem_and_lose_none():
     train, test = set(countdown.problems("train")), set(countdown.problems("test"))
     assert (len(train), len(test)) == (1117, 196) and not train & test
-    assert all(1 <= t <= 99 and len(n) == 3 and set(n) <= set(range(1, 10)) for n, t in train | test)
+    assert all(
+        1 <= t <= 99 and len(n) == 3 and set(n) <= set(range(1, 10)) for n, t in train | test
+    )
     assert ((2, 3, 7), 23) in train | test and ((1, 1, 1), 4) not in train | test
 
 
@@ -34,8 +42,14 @@ def test_examples_are_drawn_without_replacement(seed):
     for split, most in (("train", 1117), ("test", 196)):
         found = countdown.examples(split, most, seed=seed)
         assert len({e.id for e in found}) == most
-        assert {(tuple(sorted(e.numbers)), e.target) for e in found} == set(countdown.problems(split))
-        assert countdown.examples(split, 20, seed=seed) == found[:20] != countdown.examples(split, 20, seed=seed + 1)
+        assert {(tuple(sorted(e.numbers)), e.target) for e in found} == set(
+            countdown.problems(split)
+        )
+        assert (
+            countdown.examples(split, 20, seed=seed)
+            == found[:20]
+            != countdown.examples(split, 20, seed=seed + 1)
+        )
         with pytest.raises(ValueError, match=f"the maximum is {most}"):
             countdown.examples(split, most + 1, seed=seed)
     assert any(e.numbers != tuple(sorted(e.numbers)) for e in found)
@@ -49,10 +63,18 @@ def test_every_solution_solves_in_both_protocols_and_styles():
         assert answers and len(set(answers)) == len(answers)
         for answer in answers:
             assert len(answer) == countdown.COMPACT_LENGTH
-            assert set(countdown.prompt(example, "compact") + answer) <= set(countdown.COMPACT_CHARS)
-            assert countdown.reward(answer, example) == 1.0 == countdown.reward(answer, example, protocol="d1")
+            assert set(countdown.prompt(example, "compact") + answer) <= set(
+                countdown.COMPACT_CHARS
+            )
+            assert (
+                countdown.reward(answer, example)
+                == 1.0
+                == countdown.reward(answer, example, protocol="d1")
+            )
             plain = re.sub(r"0(\d)", r"\1", answer)
-            assert d1(f"<answer>{answer}</answer>", example.numbers, example.target) == 0.0  # Python refuses 03
+            assert (
+                d1(f"<answer>{answer}</answer>", example.numbers, example.target) == 0.0
+            )  # Python refuses 03
             assert d1(f"\\boxed{{{plain}}}", example.numbers, example.target) == 1.0
             assert countdown.reward(f"<answer>{plain}</answer>", example, style="d1") == 1.0
 
@@ -64,13 +86,20 @@ def test_solutions_are_all_there_are():
 
 def test_prompt_round_trips():
     for example in countdown.examples("train", 30, seed=2):
-        numbers, target = re.fullmatch(r"(\d\d,\d\d,\d\d)=(\d\d):", countdown.prompt(example, "compact")).groups()
-        assert tuple(map(int, numbers.split(","))) == example.numbers and int(target) == example.target
+        numbers, target = re.fullmatch(
+            r"(\d\d,\d\d,\d\d)=(\d\d):", countdown.prompt(example, "compact")
+        ).groups()
+        assert (
+            tuple(map(int, numbers.split(","))) == example.numbers and int(target) == example.target
+        )
     published = countdown.prompt(EXAMPLE, "d1")
     assert published.startswith(
         "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n\nUsing only"
     )
-    assert "the numbers [3, 7, 2], create an arithmetic expression that evaluates to exactly 23. You must" in published
+    assert (
+        "the numbers [3, 7, 2], create an arithmetic expression that evaluates to exactly 23. You must"
+        in published
+    )
     assert published.endswith("a valid answer is: <answer>\n2*4-3\n</answer>")
     with pytest.raises(ValueError, match="0-99"):
         countdown.prompt(countdown.Example("e", (100, 2, 3), 5), "compact")
@@ -80,7 +109,16 @@ def test_prompt_round_trips():
 
 @pytest.mark.parametrize(
     ("expression", "value"),
-    [("1/3*3", 1), ("7-2-3", 2), ("8/4/2", 1), ("2*(3+4)", 14), ("1/(1-2/3)", 3), ("((5))", 5), ("2+3*4-5", 9), ("1 / 3", Fraction(1, 3))],
+    [
+        ("1/3*3", 1),
+        ("7-2-3", 2),
+        ("8/4/2", 1),
+        ("2*(3+4)", 14),
+        ("1/(1-2/3)", 3),
+        ("((5))", 5),
+        ("2+3*4-5", 9),
+        ("1 / 3", Fraction(1, 3)),
+    ],
 )
 def test_strict_arithmetic_is_exact(expression, value):
     assert countdown.worth(countdown.postfix(expression)) == value
@@ -95,7 +133,11 @@ def test_strict_agrees_with_fractions_on_random_trees():
             return str(n), Fraction(n)
         sign = rng.choice("+-*/")
         (a, x), (b, y) = tree(depth - 1), tree(depth - 1)
-        value = None if x is None or y is None or (sign == "/" and not y) else countdown.OPERATIONS[sign](x, y)
+        value = (
+            None
+            if x is None or y is None or (sign == "/" and not y)
+            else countdown.OPERATIONS[sign](x, y)
+        )
         return f"({a}{sign}{b})", value
 
     for _ in range(1000):
@@ -121,19 +163,38 @@ STRICT_FAULTS = {
         "()",
         "3.0*7+2",
     ]
-    + ["0x3*7+2", "3_0*7", "3,7,2", "lambda: 3", "a.b", "3*7+2;", "1e9", "(" * 90, "3*7+~2", "3 7+2"],
+    + [
+        "0x3*7+2",
+        "3_0*7",
+        "3,7,2",
+        "lambda: 3",
+        "a.b",
+        "3*7+2;",
+        "1e9",
+        "(" * 90,
+        "3*7+~2",
+        "3 7+2",
+    ],
     "wrong_numbers": ["3*7", "3*7+2+0", "3*7+2*1", "23", "37+2", "3*7+7"],
     "division_by_zero": ["7/(3-3)"],
     "wrong_value": ["3+7+2", "3*7-2"],
 }
 
 
-@pytest.mark.parametrize(("failure", "completion"), [(f, c) for f, cs in STRICT_FAULTS.items() for c in cs], ids=lambda v: v[:20])
+@pytest.mark.parametrize(
+    ("failure", "completion"),
+    [(f, c) for f, cs in STRICT_FAULTS.items() for c in cs],
+    ids=lambda v: v[:20],
+)
 def test_strict_names_the_fault_and_pays_nothing(failure, completion):
     numbers = (7, 3, 3) if failure == "division_by_zero" else (3, 7, 2)
     for wrapped, style in ((completion, "compact"), (f"<answer>{completion}</answer>", "d1")):
         verdict = judge(wrapped, numbers, style=style)
-        assert (verdict.reward, verdict.failure, verdict.components["solved"]) == (0.0, failure, 0.0)
+        assert (verdict.reward, verdict.failure, verdict.components["solved"]) == (
+            0.0,
+            failure,
+            0.0,
+        )
         assert verdict.components["legal"] == (failure in ("division_by_zero", "wrong_value"))
 
 
@@ -177,7 +238,10 @@ def test_strict_takes_one_closed_answer(completion, failure):
         (r"\fbox{3*7+2}", 0),
         (r"\fbox{3*7+2=23}", 1),
         (r"we get 3*7+2 = 23", 1),  # nothing boxed: the whole text
-        ("<answer>3*7+2</answer>", 0),  # nothing boxed: the tag is never looked at, and letters are refused
+        (
+            "<answer>3*7+2</answer>",
+            0,
+        ),  # nothing boxed: the tag is never looked at, and letters are refused
         ("<answer>3*7+2=23</answer>", 1),
         (r"\boxed{3*7 <answer>3*7+2</answer>", 1),  # a box that never closes: now the tag counts
         (r"<answer></answer>3*7+2=23 \boxed{3", 0),
@@ -223,12 +287,24 @@ def test_d1_evaluates_as_python_within_bounds(expression, numbers, target, rewar
 def test_d1_cuts_equalities_as_the_published_pattern():
     rng = random.Random(0)
     for _ in range(5000):
-        text = "".join(rng.choices(["=", "1", "23", " ", "+", "x", "(", ".", "\n", "= 5"], k=rng.randint(1, 9)))
+        text = "".join(
+            rng.choices(["=", "1", "23", " ", "+", "x", "(", ".", "\n", "= 5"], k=rng.randint(1, 9))
+        )
         match = re.search(r"([0-9+\-*/() ]+)=[0-9. ]+", text)
         assert countdown_d1._left_side(text) == (match[1].strip() if match else text)
 
 
-@pytest.mark.parametrize("text", ["<answer>" * 125_000, "{" * 10**6, "=1" * 500_000, "1 " * 500_000, "\\boxed{" * 140_000, "-" * 10**6])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<answer>" * 125_000,
+        "{" * 10**6,
+        "=1" * 500_000,
+        "1 " * 500_000,
+        "\\boxed{" * 140_000,
+        "-" * 10**6,
+    ],
+)
 def test_d1_is_linear_in_the_text(text):
     assert d1(text) == 0.0 == d1("\\boxed{" + text)
 
@@ -237,7 +313,9 @@ def test_d1_is_linear_in_the_text(text):
 def test_published_problems():
     path = Path(os.environ["RSPO_LAB_BENCHMARKS"]) / "countdown_cd3_test.jsonl"
     found = countdown.read(path)
-    assert len(found) == 256 and found[0] == countdown.Example("countdown_cd3_test.jsonl:1", (30, 100, 93), 23)
+    assert len(found) == 256 and found[0] == countdown.Example(
+        "countdown_cd3_test.jsonl:1", (30, 100, 93), 23
+    )
     assert countdown.read(path, 5) == found[:5]
     with pytest.raises(ValueError, match="has 256 examples"):
         countdown.read(path, 257)

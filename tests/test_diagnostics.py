@@ -24,33 +24,52 @@ def test_gap_summary_by_hand():
     assert record["mask_sd"] == pytest.approx(math.sqrt((2 + 0 + 2) / 3))
     assert record["reliability"] == pytest.approx(1 - (4 / 3) / 2 / 1)
     assert record["target_rms"] == pytest.approx(math.sqrt(24 / 3))
-    assert record["gap_mean"] == pytest.approx(0) and record["gap_rms"] == pytest.approx(math.sqrt(14 / 3))
+    assert record["gap_mean"] == pytest.approx(0) and record["gap_rms"] == pytest.approx(
+        math.sqrt(14 / 3)
+    )
     assert record["gap_q50"] == 1 and record["gap_q05"] == pytest.approx(np.quantile(gap, 0.05))
     assert record["gap_q95"] == pytest.approx(np.quantile(gap, 0.95))
 
 
 def test_gap_summary_centres_as_the_objective_does():
-    """Groups that differ in d only: centred group by group nothing is left of it, and uncentred all is."""
-    d, advantage = torch.tensor([[1.0, 1.0, 3.0, 3.0]], dtype=torch.float64), torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    """Groups that differ in d only: centred group by group nothing is left of it, and uncentred all
+    is.
+    """
+    d, advantage = (
+        torch.tensor([[1.0, 1.0, 3.0, 3.0]], dtype=torch.float64),
+        torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64),
+    )
     by_group = gap_summary(d, advantage, 0.5, torch.tensor([0, 0, 1, 1]))
     assert by_group["gap_rms"] == pytest.approx(2.0) and by_group["target_correlation"] is None
     assert by_group["calibration_ratio"] == 0 and by_group["d_sd"] > 1
     assert gap_summary(d, advantage, 0.5, "none")["gap_mean"] == pytest.approx(-2.0)
     assert gap_summary(d, advantage, 0.5)["gap_mean"] == pytest.approx(0.0)
-    noisy = torch.tensor([[1.0, 2.0, 11.0, 13.0], [2.0, 1.0, 13.0, 11.0]], dtype=torch.float64)  # groups differ, all else is noise
+    noisy = torch.tensor(
+        [[1.0, 2.0, 11.0, 13.0], [2.0, 1.0, 13.0, 11.0]], dtype=torch.float64
+    )  # groups differ, all else is noise
     assert gap_summary(noisy, advantage, 0.5)["reliability"] > 0.9
     assert gap_summary(noisy, advantage, 0.5, torch.tensor([0, 0, 1, 1]))["reliability"] is None
 
 
 def test_undefined_quantities_are_none():
     record = gap_summary(torch.zeros(1, 3), torch.zeros(3), 0.0)
-    assert {k for k, v in record.items() if v is None} >= {"mask_sd", "reliability", "gap_rms", "target_rms", "target_correlation"}
+    assert {k for k, v in record.items() if v is None} >= {
+        "mask_sd",
+        "reliability",
+        "gap_rms",
+        "target_rms",
+        "target_correlation",
+    }
     assert correlation(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0])) is None
 
 
 def test_variance_and_its_standard_error():
-    """Repeats of n normal draws: the mean of the estimates is 4, their spread what each says of itself (2 sigma^4 / (n-1))."""
-    samples = 2 * torch.randn(50, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    """Repeats of n normal draws: the mean of the estimates is 4, their spread what each says of
+    itself (2 sigma^4 / (n-1)).
+    """
+    samples = 2 * torch.randn(
+        50, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     variance, error = variance_se(samples)
     assert variance.mean().item() == pytest.approx(4, rel=0.01)
     assert variance.std().item() == pytest.approx(math.sqrt(2 * 16 / 49), rel=0.05)
@@ -58,7 +77,9 @@ def test_variance_and_its_standard_error():
 
 
 def test_variance_of_an_independent_sum_from_draws_made_together():
-    """y = 3x: drawn together the sum has variance 16 * 4, drawn apart 10 * 4; the error is what the estimates show."""
+    """y = 3x: drawn together the sum has variance 16 * 4, drawn apart 10 * 4; the error is what the
+    estimates show.
+    """
     x = 2 * torch.randn(50, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     variance, error = variance_se(x, 3 * x)
     assert variance.mean().item() == pytest.approx(40, rel=0.01)
@@ -67,39 +88,69 @@ def test_variance_of_an_independent_sum_from_draws_made_together():
 
 def test_intervals_by_hand_and_by_coverage():
     mean, low, high = mean_interval([1.0, 2.0, 3.0])
-    assert mean == 2 and [high - mean, mean - low] == pytest.approx([4.303 / math.sqrt(3)] * 2, rel=1e-3)
-    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == pytest.approx(1) and wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert mean == 2 and [high - mean, mean - low] == pytest.approx(
+        [4.303 / math.sqrt(3)] * 2, rel=1e-3
+    )
+    assert (
+        wilson(0, 10)[0] == 0
+        and wilson(10, 10)[1] == pytest.approx(1)
+        and wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    )
     draws = np.random.default_rng(0).normal(size=(4000, 4))
     inside = [low <= 0 <= high for _, low, high in map(mean_interval, draws.tolist())]
     assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
     hits = np.random.default_rng(1).binomial(40, 0.3, size=4000)
-    assert np.mean([wilson(int(k), 40)[0] <= 0.3 <= wilson(int(k), 40)[1] for k in hits]) == pytest.approx(0.95, abs=0.02)
+    assert np.mean(
+        [wilson(int(k), 40)[0] <= 0.3 <= wilson(int(k), 40)[1] for k in hits]
+    ) == pytest.approx(0.95, abs=0.02)
     with pytest.raises(ValueError, match="at least 2"):
         mean_interval([1.0])
 
 
 def test_factors_are_at_equal_cost():
     rows = [("count", 2, 2.0, 6.0), ("coupled", 2, 1.5, 2.0), ("t_redraw", 2, 2.0, 50.0)]
-    frame = pd.DataFrame(rows, columns=["design", "views", "cost", "value"]).assign(quantity="var_d_shared", stderr=0.1)
-    assert factors(frame).to_dict("records") == [{"coupled": "4.00 ± 0.41"}]  # 1.96 * 4 * sqrt((.1/2)^2 + (.1/6)^2)
+    frame = pd.DataFrame(rows, columns=["design", "views", "cost", "value"]).assign(
+        quantity="var_d_shared", stderr=0.1
+    )
+    assert factors(frame).to_dict("records") == [
+        {"coupled": "4.00 ± 0.41"}
+    ]  # 1.96 * 4 * sqrt((.1/2)^2 + (.1/6)^2)
 
 
 def test_gap_table_by_hand():
     samples = pd.DataFrame(
         {
-            "step": 5, "problem": ["a", "a", "b", "b"], "reward": [1.0, 0.0, 1.0, 1.0], "advantage": [1.0, -1.0, 0.0, 0.0],
-            "d": [0.0, 1.0, 2.0, 3.0], "d_exact": [0.0, 2.0, 4.0, 6.0], "log_ratio": [3.0, 2.0, 1.0, 0.0],
-            "elbo_gap": [0.1, 0.4, 0.1, 0.2], "target": [2.0, -2.0, 0.0, 0.0], "gap": [3.5, -1.5, -0.5, -1.5],
+            "step": 5,
+            "problem": ["a", "a", "b", "b"],
+            "reward": [1.0, 0.0, 1.0, 1.0],
+            "advantage": [1.0, -1.0, 0.0, 0.0],
+            "d": [0.0, 1.0, 2.0, 3.0],
+            "d_exact": [0.0, 2.0, 4.0, 6.0],
+            "log_ratio": [3.0, 2.0, 1.0, 0.0],
+            "elbo_gap": [0.1, 0.4, 0.1, 0.2],
+            "target": [2.0, -2.0, 0.0, 0.0],
+            "gap": [3.5, -1.5, -0.5, -1.5],
         }
-    )  # fmt: skip
+    )
     lam = 0.5
     samples["weight"] = samples["advantage"] - lam * (samples["d"] - samples["d"].mean())
     (row,) = gap_table(samples, lam, seed=0, resamples=50).to_dict("records")
-    assert row["slope"] == pytest.approx(2) and row["r_estimate"] == pytest.approx(1) and row["r_log_ratio"] == pytest.approx(-1)
-    assert row["flips"] == 0 and row["flips_exact"] == 0 and row["solved"] == 0.75 and row["distinct"] == 4
+    assert (
+        row["slope"] == pytest.approx(2)
+        and row["r_estimate"] == pytest.approx(1)
+        and row["r_log_ratio"] == pytest.approx(-1)
+    )
+    assert (
+        row["flips"] == 0
+        and row["flips_exact"] == 0
+        and row["solved"] == 0.75
+        and row["distinct"] == 4
+    )
     assert row["elbo_gap_not_solved"] == 0.4 and row["elbo_gap_solved"] == pytest.approx(0.4 / 3)
     assert row["mean_d_exact_low"] <= row["mean_d_exact"] == 3 <= row["mean_d_exact_high"]
-    flipped = gap_table(samples.assign(weight=-samples["weight"]), lam, seed=0, resamples=2).loc[0, "flips"]
+    flipped = gap_table(samples.assign(weight=-samples["weight"]), lam, seed=0, resamples=2).loc[
+        0, "flips"
+    ]
     assert flipped == 1
 
 

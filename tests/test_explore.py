@@ -1,6 +1,8 @@
-"""What the explorer shows, against what the estimators, the oracle and the model themselves say; then its widgets, without a browser.
+"""What the explorer shows, against what the estimators, the oracle and the model themselves say;
+then its widgets, without a browser.
 
-The run looked at is made by hand: its one saved policy is the Sudoku base with noise on its weights, so that d is not small.
+The run looked at is made by hand: its one saved policy is the Sudoku base with noise on its
+weights, so that d is not small.
 """
 
 import os
@@ -12,23 +14,28 @@ import pandas as pd
 import pytest
 import torch
 
-from rspo_lab.interactive import explorer, session as explore
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import log_ratio_draws
 from rspo_lab.figures.explore import decoding_html, panels_figure
-from rspo_lab.runs.files import write_json
-from rspo_lab.measure.gap import through_training
-from rspo_lab.random_streams import generator
+from rspo_lab.interactive import explorer
+from rspo_lab.interactive import session as explore
 from rspo_lab.masks.designs import DESIGNS
+from rspo_lab.measure.gap import through_training
 from rspo_lab.models.diffusion_lm import load, reference_of
 from rspo_lab.oracle import count_moments
+from rspo_lab.random_streams import generator
+from rspo_lab.runs.files import write_json
 from rspo_lab.tasks import sudoku
 
-CONFIG = TrainConfig(model="base-sudoku", task="sudoku", steps=6, snapshots=2, threshold=0.9, device="cpu")
+CONFIG = TrainConfig(
+    model="base-sudoku", task="sudoku", steps=6, snapshots=2, threshold=0.9, device="cpu"
+)
 
 
 def make_run(folder, *, steps=(3, 6), noise=0.01, **changes):
-    """A run folder with policies saved at `steps`: the base with Gaussian noise of this size on its weights."""
+    """A run folder with policies saved at `steps`: the base with Gaussian noise of this size on its
+    weights.
+    """
     (folder / "snapshots").mkdir(parents=True)
     write_json(folder / "config.json", asdict(replace(CONFIG, **changes)))
     for step in steps:
@@ -61,13 +68,24 @@ def test_training_runs_are_those_with_saved_policies_latest_first(tmp_path):
     for i, name in enumerate(("a/old", "b/new", "c/none")):
         (tmp_path / name / "snapshots").mkdir(parents=True)
         write_json(tmp_path / name / "config.json", asdict(replace(CONFIG, seed=i)))
-    for name, when in (("a/old/snapshots/000003", 100), ("b/new/snapshots/000003", 200), ("c/none/snapshots/000003.partial", 300)):
+    for name, when in (
+        ("a/old/snapshots/000003", 100),
+        ("b/new/snapshots/000003", 200),
+        ("c/none/snapshots/000003.partial", 300),
+    ):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (when, when))
     names = ["b/new: sudoku, λ 0.03, 6 steps, seed 1", "a/old: sudoku, λ 0.03, 6 steps, seed 0"]
-    assert list(explore.training_runs(tmp_path).items()) == [(names[0], tmp_path / "b/new"), (names[1], tmp_path / "a/old")]
-    assert explore.training_runs(tmp_path / "c") == {} == explore.training_runs(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no training run with saved policies under .*run notebook 02_train"):
+    assert list(explore.training_runs(tmp_path).items()) == [
+        (names[0], tmp_path / "b/new"),
+        (names[1], tmp_path / "a/old"),
+    ]
+    assert (
+        explore.training_runs(tmp_path / "c") == {} == explore.training_runs(tmp_path / "nowhere")
+    )
+    with pytest.raises(
+        FileNotFoundError, match="no training run with saved policies under .*run notebook 02_train"
+    ):
         explore.required_runs(tmp_path / "c")
 
 
@@ -75,8 +93,12 @@ def test_points_agree_with_the_gap_measured_without_tables(root, held):
     """On a design without randomness notebook 04's own measurement must give the same rows."""
     ours = explore.gap_points(held, "one_step", 1, 0.2, seed=1)
     path = root / "02_train/first/snapshots/000006"
-    theirs = through_training(CONFIG, {6: path}, prompts=2, group=3, design="one_step", views=1, lam=0.2, seed=1)
-    assert ours["d"].std() > 0.1 and ours["advantage"].abs().max() > 0  # or there is nothing to compare
+    theirs = through_training(
+        CONFIG, {6: path}, prompts=2, group=3, design="one_step", views=1, lam=0.2, seed=1
+    )
+    assert (
+        ours["d"].std() > 0.1 and ours["advantage"].abs().max() > 0
+    )  # or there is nothing to compare
     for column in ("reward", "advantage", "d", "d_exact", "d_hat", "target", "gap", "weight"):
         assert ours[column].tolist() == pytest.approx(theirs[column].tolist(), abs=1e-4), column
     assert ours["problem"].tolist() == [0, 0, 0, 1, 1, 1]
@@ -90,7 +112,10 @@ def test_points_on_masks_are_the_estimator(held, models):
         d = log_ratio_draws(*models, distinct, masks).mean(0)[which]
     points = explore.gap_points(held, "bsc", 4, 0.1, seed=1, draw=2)
     assert points["d"].tolist() == pytest.approx(d.tolist(), abs=1e-3)
-    assert points["d"].tolist() != explore.gap_points(held, "bsc", 4, 0.1, seed=1, draw=3)["d"].tolist()
+    assert (
+        points["d"].tolist()
+        != explore.gap_points(held, "bsc", 4, 0.1, seed=1, draw=3)["d"].tolist()
+    )
 
 
 def test_points_refuse_what_has_no_target(held):
@@ -108,8 +133,16 @@ def test_variance_curves_against_the_sum_over_all_masks(held, models, quantity):
         return policy(batch, hidden) - reference(batch, hidden)
 
     with torch.no_grad():
-        exact = count_moments(policy if quantity == "score" else difference, held.rollouts.batch.distinct()[0])[1].mean().item()
-    curve = explore.variance_curve(held, "count", quantity, redraws=600, seed=0).set_index(["design", "views"])
+        exact = (
+            count_moments(
+                policy if quantity == "score" else difference, held.rollouts.batch.distinct()[0]
+            )[1]
+            .mean()
+            .item()
+        )
+    curve = explore.variance_curve(held, "count", quantity, redraws=600, seed=0).set_index(
+        ["design", "views"]
+    )
     for k in explore.VIEWS:
         assert curve.loc[("count, exact", k), "value"] == pytest.approx(exact / k, rel=1e-3)
         row = curve.loc[("count", k)]
@@ -119,36 +152,64 @@ def test_variance_curves_against_the_sum_over_all_masks(held, models, quantity):
 def test_variance_curves_count_cost_and_leave_out_views_that_cannot_be(held):
     cycle = explore.variance_curve(held, "cycle", "d", redraws=300, seed=0)
     used = held.valid.sum(1).tolist()
-    cycles = sum(sum(1 / i for i in range(1, u + 1)) for u in used) / len(used)  # of a random permutation, on average
-    assert cycle.loc[2, "views"] == 4 and cycle.loc[2, "cost"] == pytest.approx(4 * cycles, rel=0.05)
+    cycles = sum(sum(1 / i for i in range(1, u + 1)) for u in used) / len(
+        used
+    )  # of a random permutation, on average
+    assert cycle.loc[2, "views"] == 4 and cycle.loc[2, "cost"] == pytest.approx(
+        4 * cycles, rel=0.05
+    )
     coupled = explore.variance_curve(held, "coupled", "d", redraws=20, seed=0)
     assert coupled[coupled["design"] == "coupled"]["views"].tolist() == [2, 4, 8, 16, 32]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_decoding_is_what_the_model_says_step_by_step(held, models, sampled):
-    """Replayed on the model: before each step the surest written token has the probability that the grid shows."""
+    """Replayed on the model: before each step the surest written token has the probability that the
+    grid shows.
+    """
     policy, example = models[0], held.rollouts.examples[3]
     decoding = explore.decode(held, 1, sampled=sampled, seed=4)
     cells, canvas = decoding.cells, sudoku.canvas(example)
-    assert [("?" if step >= 0 else token) for token, step in zip(cells["token"], cells["step"])] == list(canvas)
+    assert [
+        ("?" if step >= 0 else token) for token, step in zip(cells["token"], cells["step"])
+    ] == list(canvas)
     written = canvas.count("?")
-    assert sorted(step for step in cells["step"] if step >= 0) == list(range(written)) and decoding.frames == written + 1
-    assert decoding.columns == 4 and decoding.reward == sudoku.reward("".join(cells["token"]), example, protocol="strict", style="compact")
+    assert (
+        sorted(step for step in cells["step"] if step >= 0) == list(range(written))
+        and decoding.frames == written + 1
+    )
+    assert decoding.columns == 4 and decoding.reward == sudoku.reward(
+        "".join(cells["token"]), example, protocol="strict", style="compact"
+    )
     prompt, prompt_valid = policy.encode([sudoku.prompt(example, "compact")])
     for step in range(written):
-        now = "".join(token if at < step else "?" for token, at in zip(cells["token"], cells["step"]))
-        logits = policy.logits(torch.cat([prompt, policy.encode_canvas([now])], 1), prompt_valid, prompt.shape[1], prompt.shape[1] + 16)
+        now = "".join(
+            token if at < step else "?" for token, at in zip(cells["token"], cells["step"])
+        )
+        logits = policy.logits(
+            torch.cat([prompt, policy.encode_canvas([now])], 1),
+            prompt_valid,
+            prompt.shape[1],
+            prompt.shape[1] + 16,
+        )
         prob = logits[0].softmax(-1)
         (place,) = (i for i, at in enumerate(cells["step"]) if at == step)
         token = policy.tokenizer.convert_tokens_to_ids(cells.loc[place, "token"])
         assert cells.loc[place, "confidence"] == pytest.approx(prob[place, token].item(), abs=1e-4)
         if not sampled:
             masked = [i for i, c in enumerate(now) if c == "?"]
-            assert cells.loc[place, "confidence"] == pytest.approx(prob[masked].max().item(), abs=1e-4)
+            assert cells.loc[place, "confidence"] == pytest.approx(
+                prob[masked].max().item(), abs=1e-4
+            )
 
 
-CELLS = pd.DataFrame({"token": ["<eos>", "4", "1", "2"], "step": [2, -1, 0, 1], "confidence": [0.5, 1.0, 0.91, 0.734]})
+CELLS = pd.DataFrame(
+    {
+        "token": ["<eos>", "4", "1", "2"],
+        "step": [2, -1, 0, 1],
+        "confidence": [0.5, 1.0, 0.91, 0.734],
+    }
+)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +233,9 @@ def test_token_grid_shows_what_stands_by_then(frame, notes, dots, said):
 
 
 def test_solved_is_said_at_the_end_only():
-    assert ": solved" in decoding_html("run", "", CELLS, 4, 1.0, 3) and "solved" not in decoding_html("run", "", CELLS, 4, 1.0, 2)
+    assert ": solved" in decoding_html(
+        "run", "", CELLS, 4, 1.0, 3
+    ) and "solved" not in decoding_html("run", "", CELLS, 4, 1.0, 2)
 
 
 @pytest.fixture
@@ -188,7 +251,9 @@ def fake_hold(monkeypatch, held, calls):
     monkeypatch.setattr(explore, "hold", hold)
 
 
-def test_session_holds_the_last_policy_saved_by_the_step_once(session, held, root, monkeypatch, tmp_path):
+def test_session_holds_the_last_policy_saved_by_the_step_once(
+    session, held, root, monkeypatch, tmp_path
+):
     calls, told = [], []
     fake_hold(monkeypatch, held, calls)
     session.on_hold = told.append
@@ -198,14 +263,24 @@ def test_session_holds_the_last_policy_saved_by_the_step_once(session, held, roo
     write_json(second / "config.json", asdict(CONFIG))
     session.runs = session.runs | {"second: x": second}
     look = session.first_look(step=0, design="bsc", views=4, lam=0.1)
-    assert look.runs == (first,) and look.step == 6 and session.steps((first, "second: x")) == [0, 3, 4, 6]
+    assert (
+        look.runs == (first,)
+        and look.step == 6
+        and session.steps((first, "second: x")) == [0, 3, 4, 6]
+    )
     both = replace(look, runs=(first, "second: x"), step=3)
     assert [(h.run, h.step) for h in session.held(both)] == [(first, 3), ("second: x", 0)]
     for moved in (both, replace(both, views=8, lam=1.0, design="count", problem=1, draw=3)):
         session.held(moved), session.points(moved), session.curves(moved)
-    assert calls == [("02_train/first", 3), ("second", 0)] and [text.split(",")[0] for text in told] == ["02_train/first", "second"]
+    assert calls == [("02_train/first", 3), ("second", 0)] and [
+        text.split(",")[0] for text in told
+    ] == ["02_train/first", "second"]
     held_at = session.table(both)
-    assert set(held_at["panel"]) == {"variance", "gap"} and set(held_at["step"]) == {3, 0} and (held_at["panel"] == "gap").sum() == 12
+    assert (
+        set(held_at["panel"]) == {"variance", "gap"}
+        and set(held_at["step"]) == {3, 0}
+        and (held_at["panel"] == "gap").sum() == 12
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,7 +308,10 @@ def test_long_completions_are_refused_with_the_way_out(tmp_path):
 
 
 def test_figure_rings_the_chosen_views_and_problem(held):
-    curve, points = explore.variance_curve(held, "bsc", "d", redraws=30, seed=0), explore.gap_points(held, "bsc", 8, 0.1, seed=0)
+    curve, points = (
+        explore.variance_curve(held, "bsc", "d", redraws=30, seed=0),
+        explore.gap_points(held, "bsc", 8, 0.1, seed=0),
+    )
     look = explore.Look(("first",), 6, "bsc", 8, 0.1, problem=1)
     figure = panels_figure(["first"], [curve], [points], look)
     variance, target, weight = figure.axes
@@ -241,20 +319,34 @@ def test_figure_rings_the_chosen_views_and_problem(held):
     ring = [line for line in variance.lines if line.get_markersize() == 10][0]
     assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (row["cost"], row["value"])
     for axis, columns in ((target, ["d_hat", "target"]), (weight, ["advantage", "weight"])):
-        assert axis.collections[-1].get_offsets().tolist() == points[points["problem"] == 1][columns].to_numpy().tolist()
-        drawn = sorted(axis.collections[0].get_offsets().tolist() + axis.collections[1].get_offsets().tolist())
+        assert (
+            axis.collections[-1].get_offsets().tolist()
+            == points[points["problem"] == 1][columns].to_numpy().tolist()
+        )
+        drawn = sorted(
+            axis.collections[0].get_offsets().tolist() + axis.collections[1].get_offsets().tolist()
+        )
         assert drawn == sorted(points[columns].to_numpy().tolist())
-    for other in (points.assign(weight=[-1.0, 1, 1, -1, -1, 1], advantage=[1.0, 1, 0, -1, 1, 0]), points.assign(advantage=0.0)):
+    for other in (
+        points.assign(weight=[-1.0, 1, 1, -1, -1, 1], advantage=[1.0, 1, 0, -1, 1, 0]),
+        points.assign(advantage=0.0),
+    ):
         figure = panels_figure(["first"], [curve], [other], look)
-        assert ("2 of 4 flip" if other["advantage"].any() else "A = 0") in figure.axes[2].get_title()
+        assert ("2 of 4 flip" if other["advantage"].any() else "A = 0") in figure.axes[
+            2
+        ].get_title()
 
 
 def test_figure_of_the_reference_itself_has_no_noise_of_d(root):
     base = explore.hold("first", root / "02_train/first", 0, prompts=1, group=2, seed=0)
     points = explore.gap_points(base, "count", 2, 0.1, seed=0)
     assert (points[["d", "d_exact"]] == 0).all().all()
-    figure = panels_figure(["base"], [explore.variance_curve(base, "count", "d", redraws=5, seed=0)], [points],
-                           explore.Look(("first",), 0, "count", 2, 0.1))  # fmt: skip
+    figure = panels_figure(
+        ["base"],
+        [explore.variance_curve(base, "count", "d", redraws=5, seed=0)],
+        [points],
+        explore.Look(("first",), 0, "count", 2, 0.1),
+    )
     assert "reference" in figure.axes[0].texts[0].get_text()
 
 
@@ -277,8 +369,14 @@ def test_widgets_move_the_look_and_draw_it(session, held, monkeypatch):
         pictures.append(bytes(shown.image.value))
     shown.again.click()
     pictures.append(bytes(shown.image.value))
-    assert len(set(pictures)) == len(pictures) and pictures[0].startswith(b"\x89PNG") and len(calls) == 1
-    assert shown.look == replace(session.first_look(step=0, design="count", views=8, lam=1.0), quantity="score", draw=1)
+    assert (
+        len(set(pictures)) == len(pictures)
+        and pictures[0].startswith(b"\x89PNG")
+        and len(calls) == 1
+    )
+    assert shown.look == replace(
+        session.first_look(step=0, design="count", views=8, lam=1.0), quantity="score", draw=1
+    )
 
     grids = [shown.grid.value]
     shown.frame.value = 2
@@ -293,12 +391,16 @@ def test_widgets_move_the_look_and_draw_it(session, held, monkeypatch):
     before = bytes(shown.image.value)
     shown.design.value = "coupled"
     shown.views.value = 1  # a pair has two
-    assert "views must be even" in shown.line.value and bytes(shown.image.value) != before  # the last one that could be drawn
+    assert (
+        "views must be even" in shown.line.value and bytes(shown.image.value) != before
+    )  # the last one that could be drawn
     shown.runs.value = ()
     assert shown.look.runs == tuple(session.runs)  # nothing chosen changes nothing
 
 
-def test_a_run_that_cannot_be_shown_is_said_and_left_for_another(session, held, monkeypatch, tmp_path):
+def test_a_run_that_cannot_be_shown_is_said_and_left_for_another(
+    session, held, monkeypatch, tmp_path
+):
     """The explorer opens on a run whose base is gone: the widgets must stay alive."""
     fake_hold(monkeypatch, held, [])
     works, tried = explore.hold, []
@@ -313,7 +415,11 @@ def test_a_run_that_cannot_be_shown_is_said_and_left_for_another(session, held, 
     monkeypatch.setattr(explorer, "display", lambda box: None)
     session.runs = {"gone": next(iter(session.runs.values()))} | session.runs
     shown = explorer.Explorer(session, session.first_look(step=0, design="bsc", views=4, lam=50.0))
-    assert shown.line.value == "FileNotFoundError: no model at /gone" and not shown.image.value and shown.lam.value == 50.0
+    assert (
+        shown.line.value == "FileNotFoundError: no model at /gone"
+        and not shown.image.value
+        and shown.lam.value == 50.0
+    )
     shown.runs.value = (list(session.runs)[1],)
     assert shown.line.value == "" and shown.image.value and "solved" in html_after(shown)
 
@@ -336,4 +442,7 @@ def test_other_runs_bring_their_own_steps(session, held, monkeypatch, tmp_path):
     assert list(shown.step.options) == [0, 4] and shown.step.value == shown.look.step == 4
     shown.runs.value = tuple(session.runs)
     assert list(shown.step.options) == [0, 3, 4, 6] and shown.look.step == 4
-    assert calls == [("02_train/first", 3), ("second", 4)]  # step 3 is the last of the first by 4: kept
+    assert calls == [
+        ("02_train/first", 3),
+        ("second", 4),
+    ]  # step 3 is the last of the first by 4: kept

@@ -9,7 +9,11 @@ import pytest
 from rspo_lab.benchmarks import grade as grading
 from rspo_lab.benchmarks.grade import grade
 
-COUNTDOWN = {"question": "Numbers: [3, 7, 2]\nTarget: 23", "completion": "<answer>3*7+2=23</answer>", "ground_truth": [[3, 7, 2], 23]}
+COUNTDOWN = {
+    "question": "Numbers: [3, 7, 2]\nTarget: 23",
+    "completion": "<answer>3*7+2=23</answer>",
+    "ground_truth": [[3, 7, 2], 23],
+}
 SUDOKU = {
     "question": "Solve the following Sudoku puzzle: 1200340000000000\n",
     "completion": "<answer>1234341221434312</answer>",
@@ -27,14 +31,25 @@ def write(tmp_path):
     return write
 
 
-@pytest.mark.skipif("RSPO_LAB_BENCHMARKS" not in os.environ, reason="RSPO_LAB_BENCHMARKS is not set")
+@pytest.mark.skipif(
+    "RSPO_LAB_BENCHMARKS" not in os.environ, reason="RSPO_LAB_BENCHMARKS is not set"
+)
 @pytest.mark.parametrize(
     ("task", "protocol", "correct", "total"),
-    [("countdown", "d1", 50, 256), ("sudoku", "d1", 137, 2048), ("countdown", "strict", 38, 256), ("sudoku", "strict", 0, 256)],
+    [
+        ("countdown", "d1", 50, 256),
+        ("sudoku", "d1", 137, 2048),
+        ("countdown", "strict", 38, 256),
+        ("sudoku", "strict", 0, 256),
+    ],
 )
 def test_published_completions(task, protocol, correct, total):
     """d1's figures are those of the paper (19.5 %, 6.7 %); strict's are ours."""
-    found = grade(Path(os.environ["RSPO_LAB_BENCHMARKS"]) / "llada_8b_completions" / f"{task}_256.jsonl", task, protocol)
+    found = grade(
+        Path(os.environ["RSPO_LAB_BENCHMARKS"]) / "llada_8b_completions" / f"{task}_256.jsonl",
+        task,
+        protocol,
+    )
     assert (found.n, found.correct, found.total, len(found.verdicts)) == (256, correct, total, 256)
     assert found.low <= found.accuracy == correct / total < found.high
     if total == 256:
@@ -45,23 +60,46 @@ def test_protocols_differ_where_they_should(write):
     path = write(COUNTDOWN | {"extra": 1}, COUNTDOWN | {"completion": "<answer>3*7+2</answer>"}, "")
     assert [v.reward for v in grade(path, "countdown", "d1").verdicts] == [1.0, 0.0]
     strict = grade(path, "countdown")
-    assert [v.reward for v in strict.verdicts] == [0.0, 1.0] and strict.failures == {"unparsable": 1}
+    assert [v.reward for v in strict.verdicts] == [0.0, 1.0] and strict.failures == {
+        "unparsable": 1
+    }
 
 
 def test_sudoku_under_d1_counts_cells(write):
     found = grade(write(SUDOKU, SUDOKU | {"completion": ""}), "sudoku", "d1")
     assert (found.n, found.correct, found.total) == (2, 10, 24)
-    assert found.failures == {"wrong_cells": 1, "no_answer": 1} and "10 of 24 blank cells" in found.to_text()
+    assert (
+        found.failures == {"wrong_cells": 1, "no_answer": 1}
+        and "10 of 24 blank cells" in found.to_text()
+    )
     assert grade(write(SUDOKU), "sudoku").failures == {"breaks_rules": 1}
-    for question in ("1200340000000000", "puzzle 1200340000000000?", "as 0401002010030310; Now, Sudoku puzzle: 1200340000000000"):
+    for question in (
+        "1200340000000000",
+        "puzzle 1200340000000000?",
+        "as 0401002010030310; Now, Sudoku puzzle: 1200340000000000",
+    ):
         assert grade(write(SUDOKU | {"question": question}), "sudoku", "d1").correct == 10
 
 
 def test_json_and_text(write):
     found = grade(write(COUNTDOWN), "countdown", "d1")
     shown = json.loads(found.to_json())
-    assert list(shown) == ["task", "protocol", "n", "correct", "total", "accuracy", "low", "high", "failures"]
-    assert shown["correct"] == shown["total"] == shown["n"] == 1 and shown["high"] == 1.0 and shown["failures"] == {}
+    assert list(shown) == [
+        "task",
+        "protocol",
+        "n",
+        "correct",
+        "total",
+        "accuracy",
+        "low",
+        "high",
+        "failures",
+    ]
+    assert (
+        shown["correct"] == shown["total"] == shown["n"] == 1
+        and shown["high"] == 1.0
+        and shown["failures"] == {}
+    )
     assert found.to_text().startswith("countdown, protocol d1: 1 of 1 items\naccuracy 100.00 %")
 
 
@@ -74,7 +112,9 @@ def test_wilson_by_hand():
 
 def test_clusters_are_worth_what_they_vary():
     assert grading.independent([(1.0, 1.0), (0.0, 1.0)]) == 2
-    assert grading.independent([(8.0, 8.0), (0.0, 8.0)] * 50) == pytest.approx(99)  # all or nothing: one trial a cluster, less one
+    assert grading.independent([(8.0, 8.0), (0.0, 8.0)] * 50) == pytest.approx(
+        99
+    )  # all or nothing: one trial a cluster, less one
     assert grading.independent([(4.0, 8.0)] * 100) == 800  # never more than the trials
     assert grading.independent([(0.0, 8.0)] * 100) == 100 and grading.independent([(3.0, 8.0)]) == 1
 

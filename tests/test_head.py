@@ -1,4 +1,6 @@
-"""The chunked vocabulary head against autograd through the full logits: values, gradients, and what it leaves out."""
+"""The chunked vocabulary head against autograd through the full logits: values, gradients, and what
+it leaves out.
+"""
 
 import pytest
 import torch
@@ -10,8 +12,14 @@ from rspo_lab.models.vocabulary_head import head_logits, token_logp
 def example(rows=7, width=5, vocabulary=11, dtype=torch.float64):
     """(states, weight, targets, banned, a slope for each row); two ids are banned and no target."""
     draw = torch.Generator().manual_seed(0)
-    states = torch.randn(rows, width, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(vocabulary, width, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+    states = (
+        torch.randn(rows, width, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+    )
+    weight = (
+        torch.randn(vocabulary, width, generator=draw, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
     targets = torch.randint(2, vocabulary, (rows,), generator=draw)
     banned = torch.arange(vocabulary) < 2
     return states, weight, targets, banned, torch.randn(rows, generator=draw, dtype=torch.float64)
@@ -24,24 +32,32 @@ def test_pieces_give_the_full_values_and_gradients(chunk):
     pieces = token_logp(states, weight, targets, banned, chunk)
     assert "_TokenLogp" in type(pieces.grad_fn).__name__
     assert torch.allclose(pieces, full, rtol=0, atol=1e-12)
-    for mine, theirs in zip(*(torch.autograd.grad(logp @ slope, [states, weight]) for logp in (pieces, full))):
+    for mine, theirs in zip(
+        *(torch.autograd.grad(logp @ slope, [states, weight]) for logp in (pieces, full))
+    ):
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-12)
 
 
 def test_gradcheck():
     states, weight, targets, banned, _ = example()
-    assert torch.autograd.gradcheck(lambda h, w: token_logp(h, w, targets, banned, 22), (states, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: token_logp(h, w, targets, banned, 22), (states, weight)
+    )
 
 
 def test_equals_torchs_own_chunked_loss():
-    """With nothing banned, `linear_cross_entropy` of torch 2.13 is the same number with the other sign."""
+    """With nothing banned, `linear_cross_entropy` of torch 2.13 is the same number with the other
+    sign.
+    """
     if not hasattr(functional, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
     states, weight, targets, banned, slope = example()
     mine = token_logp(states, weight, targets, torch.zeros_like(banned), 22)
     theirs = -functional.linear_cross_entropy(states, weight, targets, reduction="none")
     assert torch.allclose(mine, theirs, rtol=0, atol=1e-12)
-    for a, b in zip(*(torch.autograd.grad(logp @ slope, [states, weight]) for logp in (mine, theirs))):
+    for a, b in zip(
+        *(torch.autograd.grad(logp @ slope, [states, weight]) for logp in (mine, theirs))
+    ):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
@@ -49,7 +65,9 @@ def test_probabilities_of_the_ids_that_are_not_banned_sum_to_one():
     states, weight, _, banned, _ = example(rows=1)
     ids = torch.arange(11)
     logp = token_logp(states.expand(11, -1), weight, ids, banned, 22)
-    assert (logp[banned] == -torch.inf).all() and torch.allclose(logp.exp().sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert (logp[banned] == -torch.inf).all() and torch.allclose(
+        logp.exp().sum(), torch.tensor(1.0, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("chunk", [0, 22])
@@ -68,10 +86,23 @@ def test_a_frozen_weight_gets_no_gradient():
 
 
 def test_half_precision_takes_the_log_softmax_in_float32():
-    """bfloat16 logits, summed in float32: both ways agree to float32, where bfloat16 itself would be off by 0.01."""
-    states, weight, targets, banned, _ = example(rows=40, width=64, vocabulary=500, dtype=torch.bfloat16)
-    pieces, full = token_logp(states, weight, targets, banned, 5000), token_logp(states, weight, targets, banned)
-    exact = (states @ weight.T).double().masked_fill(banned, -torch.inf).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    """bfloat16 logits, summed in float32: both ways agree to float32, where bfloat16 itself would
+    be off by 0.01.
+    """
+    states, weight, targets, banned, _ = example(
+        rows=40, width=64, vocabulary=500, dtype=torch.bfloat16
+    )
+    pieces, full = (
+        token_logp(states, weight, targets, banned, 5000),
+        token_logp(states, weight, targets, banned),
+    )
+    exact = (
+        (states @ weight.T)
+        .double()
+        .masked_fill(banned, -torch.inf)
+        .log_softmax(-1)
+        .gather(-1, targets[:, None])[:, 0]
+    )
     assert pieces.dtype == torch.float32 and torch.allclose(pieces, full, atol=1e-5)
     assert torch.allclose(pieces.double(), exact, rtol=0, atol=1e-5)
     mine, theirs = (torch.autograd.grad(logp.sum(), [states])[0] for logp in (pieces, full))
@@ -80,7 +111,9 @@ def test_half_precision_takes_the_log_softmax_in_float32():
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_no_piece_is_larger_than_asked(trained):
-    """No tensor that forward or backward makes has more than `chunk` numbers, apart from the weight's own gradient."""
+    """No tensor that forward or backward makes has more than `chunk` numbers, apart from the
+    weight's own gradient.
+    """
     states, weight, targets, banned, slope = example(rows=64, vocabulary=100)
     weight.requires_grad_(trained)
     largest = []

@@ -15,25 +15,36 @@ from ipywidgets import Button
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from rspo_lab.figures import train as plots
-from rspo_lab.interactive import live
 from rspo_lab.checkpoints import pairs
 from rspo_lab.config import TrainConfig
+from rspo_lab.figures import train as plots
+from rspo_lab.interactive import live
 
 CONFIG = TrainConfig(model="base-sudoku", task="sudoku", steps=20)
 
 
 @pytest.fixture
 def stage(monkeypatch, tmp_path):
-    """A fake training of `pace` seconds a step, `fail_at` a step; what was drawn and displayed; a run folder."""
+    """A fake training of `pace` seconds a step, `fail_at` a step; what was drawn and displayed; a
+    run folder.
+    """
     stage = types.SimpleNamespace(
-        pace=0.02, fail_at=None, thread=None, drawn=[], box=None, run=types.SimpleNamespace(path=tmp_path, stopped=False)
+        pace=0.02,
+        fail_at=None,
+        thread=None,
+        drawn=[],
+        box=None,
+        run=types.SimpleNamespace(path=tmp_path, stopped=False),
     )
 
     def train(config, run, *, on_step=lambda record: None, should_stop=lambda: False):
         stage.thread = threading.current_thread()
         metrics = run.path / "metrics.jsonl"
-        history = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else [{"step": 0}]
+        history = (
+            [json.loads(line) for line in metrics.read_text().splitlines()]
+            if metrics.exists()
+            else [{"step": 0}]
+        )
         metrics.write_text("".join(json.dumps(record) + "\n" for record in history))
         on_step(history[-1])
         for step in range(history[-1]["step"] + 1, config.steps + 1):
@@ -93,9 +104,12 @@ def test_headless_trains_in_the_calling_thread_and_shows_nothing(stage, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("allow_stdin", "headless", "expected"), [(True, "", True), (True, "1", False), (False, "", False), (None, "", False)]
+    ("allow_stdin", "headless", "expected"),
+    [(True, "", True), (True, "1", False), (False, "", False), (None, "", False)],
 )
-def test_a_person_watches_only_where_a_frontend_takes_input(monkeypatch, allow_stdin, headless, expected):
+def test_a_person_watches_only_where_a_frontend_takes_input(
+    monkeypatch, allow_stdin, headless, expected
+):
     content = {} if allow_stdin is None else {"allow_stdin": allow_stdin}
     kernel = types.SimpleNamespace(get_parent=lambda channel: {"content": content})
     monkeypatch.setattr(live, "get_ipython", lambda: types.SimpleNamespace(kernel=kernel))
@@ -128,14 +142,18 @@ def test_picture_is_the_figure_at_twice_the_pixels_it_takes_on_the_page():
     figure = Figure(figsize=(2, 1), facecolor="#0072b2")
     picture = imread(io.BytesIO(live.png(figure)))
     assert picture.shape == (2 * live.PIXELS, 4 * live.PIXELS, 4)
-    assert (picture[5, 5, :3] * 255).round().tolist() == [0, 0x72, 0xB2] and (picture[..., 3] == 1).all()
+    assert (picture[5, 5, :3] * 255).round().tolist() == [0, 0x72, 0xB2] and (
+        picture[..., 3] == 1
+    ).all()
 
 
 def test_stop_ends_after_the_step_in_hand_and_the_next_call_goes_on(stage):
     first = play(stage, lambda task: buttons(stage)[0].click())
     stopped = len(first) - 1
     assert 0 < stopped < 20 and stage.run.stopped and stage.drawn[-1] == list(range(stopped + 1))
-    assert line(stage).startswith(f"stopped after step {stopped}: run this cell again") and not buttons(stage)
+    assert line(stage).startswith(
+        f"stopped after step {stopped}: run this cell again"
+    ) and not buttons(stage)
     second = play(stage)
     assert [record["step"] for record in second] == list(range(21)) and not stage.run.stopped
     assert stage.drawn[-1] == list(range(21))  # with the records of the first call
@@ -144,7 +162,9 @@ def test_stop_ends_after_the_step_in_hand_and_the_next_call_goes_on(stage):
 def test_interrupts_stop_it_however_often_they_come(stage):
     stage.pace = 0.3
     history = play(stage, lambda task: task.cancel(), lambda task: task.cancel())
-    assert stage.run.stopped and 1 < len(history) < 21  # early; after which step is a matter of load
+    assert (
+        stage.run.stopped and 1 < len(history) < 21
+    )  # early; after which step is a matter of load
 
 
 def test_a_keyboard_interrupt_while_drawing_stops_it(stage, monkeypatch):
@@ -184,7 +204,9 @@ def test_errors_of_drawing_are_said_and_do_not_end_it(stage, monkeypatch):
 
 
 def test_a_run_stopped_before_its_first_evaluation_has_figures_to_show(tmp_path):
-    """The cells below the training must run to `run.finish()`, or the run would not be known as stopped."""
+    """The cells below the training must run to `run.finish()`, or the run would not be known as
+    stopped.
+    """
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_solve_rate": 0.5}\n')
     recorded = pairs(tmp_path)
     assert list(recorded.columns) == ["step", "d", "advantage", "reward"] and recorded.empty

@@ -1,7 +1,8 @@
-"""Every design against the inclusion identity: the total weight that each hidden set S gets is 1 / (l C(u, l)).
+"""Every design against the inclusion identity: the total weight that each hidden set S gets is 1 /
+(l C(u, l)).
 
-Exact: a design reads its generator only through `_uniform`, so feeding that every token order and every cell of its levels
-runs the design's own code over its whole support.
+Exact: a design reads its generator only through `_uniform`, so feeding that every token order and
+every cell of its levels runs the design's own code over its whole support.
 """
 
 import itertools
@@ -12,7 +13,20 @@ import pytest
 import torch
 
 from rspo_lab.masks import designs as masks_module
-from rspo_lab.masks.designs import DESIGNS, count, coupled, cyck, cycle, design, gauss, left_to_right, one_step, spg_block, systematic, t_redraw
+from rspo_lab.masks.designs import (
+    DESIGNS,
+    count,
+    coupled,
+    cyck,
+    cycle,
+    design,
+    gauss,
+    left_to_right,
+    one_step,
+    spg_block,
+    systematic,
+    t_redraw,
+)
 
 U = 4
 SUBSETS = [s for n in range(1, U + 1) for s in itertools.combinations(range(U), n)]
@@ -28,9 +42,11 @@ def grid(*cells: int) -> list[tuple[tuple, float]]:
 
 
 def support(name, views, levels, monkeypatch, valid=None):
-    """{(hidden, scored): expected weight a replicate} over all token orders and the given (levels, probability).
+    """{(hidden, scored): expected weight a replicate} over all token orders and the given (levels,
+    probability).
 
-    The first draw of a design is its levels (one a row, or as many as it asks for in its last place), the last its order.  What bsc
+    The first draw of a design is its levels (one a row, or as many as it asks for in its last
+    place), the last its order.  What bsc
     draws between them may be any numbers: they are independent of the order.
     A view's order is uniform by itself, so by linearity one order serves all views.
     """
@@ -46,15 +62,21 @@ def support(name, views, levels, monkeypatch, valid=None):
         if level.shape[1] > 1 and len(asked) == 1:
             return torch.nn.functional.pad(level, (0, U - level.shape[1])).expand(shape)
         if name.startswith("bsc") and len(asked) == 2:
-            return torch.rand(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[:, :1].expand(shape)
+            return torch.rand(
+                shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+            )[:, :1].expand(shape)
         return order.expand(shape)
 
     monkeypatch.setattr(masks_module, "_uniform", uniform)
-    masks = design(name)(torch.ones(len(rows), U, dtype=torch.bool), views, generator=torch.Generator())
+    masks = design(name)(
+        torch.ones(len(rows), U, dtype=torch.bool), views, generator=torch.Generator()
+    )
     total = defaultdict(float)
     for view in range(len(masks.hidden)):
         for row in range(len(rows)):
-            key = tuple(tuple(m[view, row].nonzero()[:, 0].tolist()) for m in (masks.hidden, masks.counted))
+            key = tuple(
+                tuple(m[view, row].nonzero()[:, 0].tolist()) for m in (masks.hidden, masks.counted)
+            )
             total[key] += masks.weight[view, row].item() * rows[row][1] / masks.replicates
     return total
 
@@ -63,28 +85,47 @@ def bsc_levels(alpha: float, views: int) -> list[tuple[tuple, float]]:
     """Midpoints and widths of the cells of the start within which no view of bsc changes its count."""
     edges = torch.arange(1, U + 1, dtype=torch.float64).pow(-alpha).cumsum(0)
     edges = (edges / edges[-1])[:-1]
-    cuts = sorted({0.0, 1.0} | {(e.item() - k / views) % 1 for e in edges for k in range(views)} | {k / views for k in range(views)})
+    cuts = sorted(
+        {0.0, 1.0}
+        | {(e.item() - k / views) % 1 for e in edges for k in range(views)}
+        | {k / views for k in range(views)}
+    )
     return [(((a + b) / 2,), b - a) for a, b in itertools.pairwise(cuts)]
 
 
 @pytest.mark.parametrize(
     "name, views, levels",
     [
-        ("count", 1, grid(U)), ("count", 3, grid(U)), ("systematic", 3, grid(3 * U)), ("systematic", 4, grid(U)),
-        ("coupled", 2, grid(U + 1)), ("nested", 3, grid(3 * U)), ("cycle", 1, grid(4, 6, 2)), ("cyck(4)", 4, grid(4, 6, 2)),
-        ("cyck(6)", 6, grid(4, 6, 2)), ("spg_block(4)", 1, grid(1, U)),
-        *((f"bsc({a}, {c})", k, bsc_levels(a, k)) for a, c in ((0, 0), (0.5, 0.5), (1, 1), (2, 0.5)) for k in (1, 3, 4)),
+        ("count", 1, grid(U)),
+        ("count", 3, grid(U)),
+        ("systematic", 3, grid(3 * U)),
+        ("systematic", 4, grid(U)),
+        ("coupled", 2, grid(U + 1)),
+        ("nested", 3, grid(3 * U)),
+        ("cycle", 1, grid(4, 6, 2)),
+        ("cyck(4)", 4, grid(4, 6, 2)),
+        ("cyck(6)", 6, grid(4, 6, 2)),
+        ("spg_block(4)", 1, grid(1, U)),
+        *(
+            (f"bsc({a}, {c})", k, bsc_levels(a, k))
+            for a, c in ((0, 0), (0.5, 0.5), (1, 1), (2, 0.5))
+            for k in (1, 3, 4)
+        ),
     ],
-)  # fmt: skip
+)
 def test_unbiased_over_the_exact_support(name, views, levels, monkeypatch):
-    """Levels stand for cells within which no count changes, so the sum over them is the exact expectation."""
+    """Levels stand for cells within which no count changes, so the sum over them is the exact
+    expectation.
+    """
     total = support(name, views, levels, monkeypatch)
     for s in SUBSETS:
         assert total[s, s] == pytest.approx(1 / (len(s) * math.comb(U, len(s))), abs=1e-12)
 
 
 def test_cycles_follow_the_law_of_random_permutations(monkeypatch):
-    """Against all 24 permutations, decomposed into cycles here: how often each set is a cycle, and the number of forwards."""
+    """Against all 24 permutations, decomposed into cycles here: how often each set is a cycle, and
+    the number of forwards.
+    """
     expected = defaultdict(float)
     for permutation in itertools.permutations(range(U)):
         left = set(range(U))
@@ -101,7 +142,9 @@ def test_cycles_follow_the_law_of_random_permutations(monkeypatch):
 
 
 def test_cyck_is_biased_by_exactly_the_merged_cycles(monkeypatch):
-    """Of 4 tokens only the identity has more than 3 cycles: cyck(3) then merges two single ones (probability 1/24)."""
+    """Of 4 tokens only the identity has more than 3 cycles: cyck(3) then merges two single ones
+    (probability 1/24).
+    """
     total = support("cyck(3)", 3, grid(4, 6, 2), monkeypatch)
     by_size = [sum(total[s, s] for s in SUBSETS if len(s) == n) for n in range(1, U + 1)]
     assert by_size == pytest.approx([1 - 2 / 24, 1 / 2 + 1 / 24, 1 / 3, 1 / 4], abs=1e-12)
@@ -109,26 +152,40 @@ def test_cyck_is_biased_by_exactly_the_merged_cycles(monkeypatch):
 
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_spg_block_is_unbiased_for_the_block_by_block_elbo(block, monkeypatch):
-    """Inside a block the identity of `count`, with all later tokens hidden and not scored and all earlier ones visible."""
+    """Inside a block the identity of `count`, with all later tokens hidden and not scored and all
+    earlier ones visible.
+    """
     blocks = [range(i, min(i + block, U)) for i in range(0, U, block)]
     total = support(f"spg_block({block})", 1, grid(len(blocks), 6), monkeypatch)
     for tokens in blocks:
         later = tuple(range(tokens.stop, U))
         for n in range(1, len(tokens) + 1):
             for s in itertools.combinations(tokens, n):
-                assert total.pop((s + later, s)) == pytest.approx(1 / (n * math.comb(len(tokens), n)), abs=1e-12)
+                assert total.pop((s + later, s)) == pytest.approx(
+                    1 / (n * math.comb(len(tokens), n)), abs=1e-12
+                )
     assert not any(total.values())
 
 
 @pytest.mark.parametrize("views, exact", [(1, False), (2, True), (3, True)])
 def test_gauss_is_exact_from_half_as_many_views_as_tokens(views, exact):
-    """A set of l of the 4 tokens has probability t^l (1-t)^(4-l) at a node t; the weighted sum is the identity's value."""
-    masks = gauss(torch.ones(5_000, U, dtype=torch.bool), views, generator=torch.Generator().manual_seed(0))
+    """A set of l of the 4 tokens has probability t^l (1-t)^(4-l) at a node t; the weighted sum is
+    the identity's value.
+    """
+    masks = gauss(
+        torch.ones(5_000, U, dtype=torch.bool), views, generator=torch.Generator().manual_seed(0)
+    )
     weight = masks.weight.max(1).values
     rule, node = torch.zeros(views, dtype=torch.float64), torch.zeros(views, dtype=torch.float64)
-    for k in range(views):  # the node, from how often a token is hidden; the nearest Legendre root makes it exact
+    for k in range(
+        views
+    ):  # the node, from how often a token is hidden; the nearest Legendre root makes it exact
         seen = masks.hidden[k].double().mean()
-        roots = {1: [0.5], 2: [0.5 - 12**-0.5, 0.5 + 12**-0.5], 3: [0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5]}[views]
+        roots = {
+            1: [0.5],
+            2: [0.5 - 12**-0.5, 0.5 + 12**-0.5],
+            3: [0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5],
+        }[views]
         node[k] = min(roots, key=lambda root: abs(root - seen))
         assert abs(node[k] - seen) < 0.02
         rule[k] = weight[k] * node[k]
@@ -148,27 +205,42 @@ def test_one_step_and_left_to_right_hide_what_they_say():
 
 
 def test_t_iid_has_the_law_of_the_continuous_time_form():
-    """Sizes are uniform on 0..u and E[1/t | l] = (u+1)/l, which together are the identity; larger sets within 5 errors."""
-    masks = DESIGNS["t_iid"](torch.ones(200_000, U, dtype=torch.bool), 1, generator=torch.Generator().manual_seed(0))
+    """Sizes are uniform on 0..u and E[1/t | l] = (u+1)/l, which together are the identity; larger
+    sets within 5 errors.
+    """
+    masks = DESIGNS["t_iid"](
+        torch.ones(200_000, U, dtype=torch.bool), 1, generator=torch.Generator().manual_seed(0)
+    )
     size = masks.hidden[0].sum(-1)
-    assert (torch.bincount(size).double() / 200_000 - 1 / (U + 1)).abs().max() < 5 * (0.16 / 200_000) ** 0.5
+    assert (torch.bincount(size).double() / 200_000 - 1 / (U + 1)).abs().max() < 5 * (
+        0.16 / 200_000
+    ) ** 0.5
     for n in range(2, U + 1):
         drawn = masks.weight[0][size == n]
         assert abs(drawn.mean().item() - (U + 1) / n) < 5 * drawn.std().item() / len(drawn) ** 0.5
 
 
 def test_t_iid_weighs_every_level_by_its_inverse(monkeypatch):
-    """Down to t = 1e-6, where a cut-off would bias; a token is hidden iff its coin is below the level."""
-    level, coin = torch.tensor([[1e-6, 0.01, 0.5]], dtype=torch.float64), torch.tensor([1e-7, 0.1, 0.7, 0.9], dtype=torch.float64)
+    """Down to t = 1e-6, where a cut-off would bias; a token is hidden iff its coin is below the
+    level.
+    """
+    level, coin = (
+        torch.tensor([[1e-6, 0.01, 0.5]], dtype=torch.float64),
+        torch.tensor([1e-7, 0.1, 0.7, 0.9], dtype=torch.float64),
+    )
     draws = iter([level, coin.expand(1, 3, U)])
     monkeypatch.setattr(masks_module, "_uniform", lambda shape, generator: next(draws))
     masks = DESIGNS["t_iid"](torch.ones(3, U, dtype=torch.bool), 1, generator=torch.Generator())
-    assert masks.weight.tolist() == [pytest.approx([1e6, 100, 2])] and masks.hidden[0].sum(1).tolist() == [1, 1, 2]
+    assert masks.weight.tolist() == [pytest.approx([1e6, 100, 2])] and masks.hidden[0].sum(
+        1
+    ).tolist() == [1, 1, 2]
 
 
 @pytest.mark.parametrize("name", [*UNBIASED, "cyck", "spg_block"])
 def test_drawn_weights_meet_the_identity_on_rows_of_any_length(name):
-    """Row by row, by size: the mean total weight of sets of l tokens is 1/l, for rows of 1, 3 and 6 tokens (5 errors)."""
+    """Row by row, by size: the mean total weight of sets of l tokens is 1/l, for rows of 1, 3 and 6
+    tokens (5 errors).
+    """
     rows = 20_000
     for used in (1, 3, 6):
         valid = torch.zeros(rows, 7, dtype=torch.bool)
@@ -185,24 +257,37 @@ def test_drawn_weights_meet_the_identity_on_rows_of_any_length(name):
 
 
 def test_balanced_designs_have_no_noise_where_each_token_has_its_own_effect():
-    """If a token's log-prob is the same in every view, a permutation's cycles sum it exactly, and bsc beats count."""
-    rows, own = 2_000, torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    """If a token's log-prob is the same in every view, a permutation's cycles sum it exactly, and
+    bsc beats count.
+    """
+    rows, own = (
+        2_000,
+        torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    )
     variance = {}
     for name in ("count", "bsc", "bsc(1, 1)", "cycle", "cyck"):
-        masks = design(name)(torch.ones(rows, 8, dtype=torch.bool), 4, generator=torch.Generator().manual_seed(1))
-        variance[name] = (((masks.hidden * own).sum(-1) * masks.weight).sum(0) / masks.replicates).var().item()
+        masks = design(name)(
+            torch.ones(rows, 8, dtype=torch.bool), 4, generator=torch.Generator().manual_seed(1)
+        )
+        variance[name] = (
+            (((masks.hidden * own).sum(-1) * masks.weight).sum(0) / masks.replicates).var().item()
+        )
     assert variance["cycle"] < 1e-20 and variance["cyck"] < 1e-20
     assert variance["bsc"] < variance["count"] / 2 and variance["bsc(1, 1)"] < variance["count"] / 2
 
 
 def test_t_redraw_is_biased_by_exactly_one_over_u():
-    """Given its size l a non-empty view has E[1/t | l] = (u+1)/l, and l is uniform on 1..u: the mean is ELBO (u+1)/u."""
+    """Given its size l a non-empty view has E[1/t | l] = (u+1)/l, and l is uniform on 1..u: the
+    mean is ELBO (u+1)/u.
+    """
     level = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
     for size in range(1, U + 1):
         law = level**size * (1 - level) ** (U - size)
         assert ((law / level).sum() / law.sum()).item() == pytest.approx((U + 1) / size, rel=1e-4)
         assert (law.mean() * math.comb(U, size)).item() == pytest.approx(1 / (U + 1), rel=1e-4)
-    masks = t_redraw(torch.ones(200_000, U, dtype=torch.bool), 1, generator=torch.Generator().manual_seed(0))
+    masks = t_redraw(
+        torch.ones(200_000, U, dtype=torch.bool), 1, generator=torch.Generator().manual_seed(0)
+    )
     size = masks.hidden[0].sum(-1)
     for n in range(2, U + 1):  # at size 1 the weight has no variance to speak of a standard error
         drawn = masks.weight[0][size == n]
@@ -211,9 +296,13 @@ def test_t_redraw_is_biased_by_exactly_one_over_u():
 
 @pytest.mark.parametrize("name", ["count", "systematic", "coupled", "nested", "t_redraw"])
 def test_draws_follow_the_law_of_each_set(name):
-    """Row by row: sizes are uniform and, given the size, every subset is equally likely (chi-square, 99.99 %)."""
+    """Row by row: sizes are uniform and, given the size, every subset is equally likely
+    (chi-square, 99.99 %).
+    """
     rows = 40_000
-    masks = DESIGNS[name](torch.ones(rows, U, dtype=torch.bool), 2, generator=torch.Generator().manual_seed(1))
+    masks = DESIGNS[name](
+        torch.ones(rows, U, dtype=torch.bool), 2, generator=torch.Generator().manual_seed(1)
+    )
     for view in masks.hidden:
         code = (view * 2 ** torch.arange(U)).sum(-1)
         seen = torch.bincount(code, minlength=2**U).double()
@@ -230,7 +319,13 @@ def test_draws_follow_the_law_of_each_set(name):
 
 @pytest.mark.parametrize("name", DESIGNS)
 def test_only_valid_tokens_are_hidden_and_the_global_generator_is_untouched(name):
-    valid = torch.tensor([[True, True, False, True, False, False], [True] * 6, [False, True, False, False, False, False]])
+    valid = torch.tensor(
+        [
+            [True, True, False, True, False, False],
+            [True] * 6,
+            [False, True, False, False, False, False],
+        ]
+    )
     before = torch.random.get_rng_state()
     views = 1 if name in ONCE else 4
     masks = DESIGNS[name](valid, views, generator=torch.Generator().manual_seed(0))
@@ -243,7 +338,9 @@ def test_only_valid_tokens_are_hidden_and_the_global_generator_is_untouched(name
 
 
 def test_systematic_counts_are_spread():
-    masks = systematic(torch.ones(50, 8, dtype=torch.bool), 4, generator=torch.Generator().manual_seed(0))
+    masks = systematic(
+        torch.ones(50, 8, dtype=torch.bool), 4, generator=torch.Generator().manual_seed(0)
+    )
     sizes = masks.hidden.sum(-1).sort(0).values
     assert ((sizes[1:] - sizes[:-1]) == 2).all() and masks.replicates == 1
 
@@ -251,20 +348,33 @@ def test_systematic_counts_are_spread():
 def test_coupled_views_are_complements():
     valid = torch.tensor([[True] * 5 + [False]])
     masks = coupled(valid, 4, generator=torch.Generator().manual_seed(0))
-    assert ((masks.hidden[0::2] ^ masks.hidden[1::2]) == valid).all() and masks.replicate.tolist() == [0, 0, 1, 1]
+    assert (
+        (masks.hidden[0::2] ^ masks.hidden[1::2]) == valid
+    ).all() and masks.replicate.tolist() == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("name", ["count", "coupled", "t_iid", "t_redraw", "cycle", "cyck(2)", "spg_block(3)"])
+@pytest.mark.parametrize(
+    "name", ["count", "coupled", "t_iid", "t_redraw", "cycle", "cyck(2)", "spg_block(3)"]
+)
 def test_replicates_are_drawn_independently(name):
-    """Sizes of two replicates' first views, and whether they hide a token, are uncorrelated over rows (4.5 standard errors)."""
-    masks = design(name)(torch.ones(20_000, 6, dtype=torch.bool), 4, generator=torch.Generator().manual_seed(0))
+    """Sizes of two replicates' first views, and whether they hide a token, are uncorrelated over
+    rows (4.5 standard errors).
+    """
+    masks = design(name)(
+        torch.ones(20_000, 6, dtype=torch.bool), 4, generator=torch.Generator().manual_seed(0)
+    )
     first, second = (masks.counted[(masks.replicate == r).nonzero()[0, 0]] for r in (0, 1))
     for a, b in [(first.sum(-1), second.sum(-1)), *((first[:, i], second[:, i]) for i in range(6))]:
-        assert abs(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1].item()) < 4.5 / 20_000**0.5
+        assert (
+            abs(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1].item())
+            < 4.5 / 20_000**0.5
+        )
 
 
 def test_views_overlap_as_the_design_says():
-    """Nested views are a chain; the tokens of systematic views and of coupled pairs are drawn anew, so theirs are not."""
+    """Nested views are a chain; the tokens of systematic views and of coupled pairs are drawn anew,
+    so theirs are not.
+    """
     valid = torch.ones(2_000, 6, dtype=torch.bool)
     chains = {}
     for name in ("nested", "systematic", "coupled"):
@@ -276,7 +386,9 @@ def test_views_overlap_as_the_design_says():
 
 @pytest.mark.parametrize("used", [(0, 1, 2, 3), (0, 2, 5)])
 def test_gauss_and_spg_block_meet_their_identity_set_by_set(used):
-    """Every hidden set of rows with gaps, by 5 errors: gauss at 2 views >= u, and spg_block(2) inside its block."""
+    """Every hidden set of rows with gaps, by 5 errors: gauss at 2 views >= u, and spg_block(2)
+    inside its block.
+    """
     rows = 40_000
     valid = torch.zeros(rows, 6, dtype=torch.bool)
     valid[:, list(used)] = True
@@ -292,33 +404,53 @@ def test_gauss_and_spg_block_meet_their_identity_set_by_set(used):
                     same = (masks.hidden == hidden).all(-1) & (masks.counted == scored).all(-1)
                     weight = (same * masks.weight).sum(0) / masks.replicates
                     law = 1 / (n * math.comb(len(part), n))
-                    assert abs(weight.mean().item() - law) < 5 * weight.std().item() / rows**0.5, (name, s)
+                    assert abs(weight.mean().item() - law) < 5 * weight.std().item() / rows**0.5, (
+                        name,
+                        s,
+                    )
 
 
 def test_bsc_balances_weight_to_the_power_gamma_from_the_largest_view_on():
-    """Views of 3, 1 and 1 of 4 tokens, weights in ratio 3 to 1 (alpha = 2).  The second takes the token that the first left; then
-    all are hidden once, but that one with the least weight: the third view takes it again iff weights count (gamma = 1)."""
+    """Views of 3, 1 and 1 of 4 tokens, weights in ratio 3 to 1 (alpha = 2).  The second takes the
+    token that the first left; then
+    all are hidden once, but that one with the least weight: the third view takes it again iff
+    weights count (gamma = 1)."""
     for gamma in (0, 1):
-        masks = design(f"bsc(2, {gamma})")(torch.ones(500, 4, dtype=torch.bool), 3, generator=torch.Generator().manual_seed(0))
+        masks = design(f"bsc(2, {gamma})")(
+            torch.ones(500, 4, dtype=torch.bool), 3, generator=torch.Generator().manual_seed(0)
+        )
         sizes = masks.hidden.sum(-1)
         assert (sizes[:-1] >= sizes[1:]).all()
         hidden = masks.hidden[:, (sizes == torch.tensor([[3], [1], [1]])).all(0)]
         assert hidden.shape[1] > 50 and not (hidden[0] & hidden[1]).any()
         again = (hidden[2] == hidden[1]).all(-1).double().mean()
-        assert again == 1 if gamma == 1 else 0.1 < again < 0.4  # all are level: one of four, at random
+        assert (
+            again == 1 if gamma == 1 else 0.1 < again < 0.4
+        )  # all are level: one of four, at random
 
 
 def test_many_views_of_bsc_do_not_repeat_a_few_sets():
-    """Where only pairs of tokens matter: ties by a fixed rule leave 0.61 and 0.34 of count's variance at 32 views."""
+    """Where only pairs of tokens matter: ties by a fixed rule leave 0.61 and 0.34 of count's
+    variance at 32 views.
+    """
     rows, tokens = 4_000, 8
-    pair = torch.randn(tokens, tokens, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pair = torch.randn(
+        tokens, tokens, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     variance = {}
     for name in ("count", "bsc(0, 0.5)", "bsc(0.5, 0.5)"):
-        masks = design(name)(torch.ones(rows, tokens, dtype=torch.bool), 32, generator=torch.Generator().manual_seed(1))
+        masks = design(name)(
+            torch.ones(rows, tokens, dtype=torch.bool),
+            32,
+            generator=torch.Generator().manual_seed(1),
+        )
         inside = masks.hidden.double()
         value = torch.einsum("mbi,ij,mbj->mb", inside, pair, inside) / inside.sum(-1)
         variance[name] = ((value * masks.weight).sum(0) / masks.replicates).var().item()
-    assert variance["bsc(0, 0.5)"] < 0.5 * variance["count"] and variance["bsc(0.5, 0.5)"] < 0.25 * variance["count"]
+    assert (
+        variance["bsc(0, 0.5)"] < 0.5 * variance["count"]
+        and variance["bsc(0.5, 0.5)"] < 0.25 * variance["count"]
+    )
 
 
 def test_cyck_keeps_the_largest_cycles(monkeypatch):
@@ -326,17 +458,25 @@ def test_cyck_keeps_the_largest_cycles(monkeypatch):
     level = torch.tensor([0.1, 0.7, 0.5, 0.5, 0.5], dtype=torch.float64)
     order = torch.arange(5, dtype=torch.float64) / 5
     draws = iter([level, order])
-    monkeypatch.setattr(masks_module, "_uniform", lambda shape, generator: next(draws).expand(shape))
+    monkeypatch.setattr(
+        masks_module, "_uniform", lambda shape, generator: next(draws).expand(shape)
+    )
     masks = cyck(torch.ones(1, 5, dtype=torch.bool), 2, k=2, generator=torch.Generator())
     assert masks.hidden[:, 0].int().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 1]]
 
 
 def test_weights_of_t_redraw_are_one_over_its_level():
-    """A level in (0, 1) gives weights above 1; given one hidden token of 4, P(t < 1/2 | l = 1) = 13/16 (Beta(2, 4))."""
-    masks = t_redraw(torch.ones(100_000, U, dtype=torch.bool), 1, generator=torch.Generator().manual_seed(0))
+    """A level in (0, 1) gives weights above 1; given one hidden token of 4, P(t < 1/2 | l = 1) =
+    13/16 (Beta(2, 4)).
+    """
+    masks = t_redraw(
+        torch.ones(100_000, U, dtype=torch.bool), 1, generator=torch.Generator().manual_seed(0)
+    )
     weight = masks.weight[0][masks.hidden[0].sum(-1) == 1]
     share = (weight > 2).double().mean().item()
-    assert (masks.weight > 1).all() and abs(share - 13 / 16) < 4 * (13 / 16 * 3 / 16 / len(weight)) ** 0.5
+    assert (masks.weight > 1).all() and abs(share - 13 / 16) < 4 * (
+        13 / 16 * 3 / 16 / len(weight)
+    ) ** 0.5
 
 
 def test_bad_input_is_refused():
@@ -357,7 +497,14 @@ def test_bad_input_is_refused():
     for name in ONCE:
         with pytest.raises(ValueError, match="views must be 1"):
             DESIGNS[name](valid, 2, generator=torch.Generator())
-    wrong = {"cout": "one of", "bsc(1)": "2 numbers", "bsc(a, b)": "2 num", "cyck(0.5)": "1 num", "count(3)": "none", "bsc(1,": "one of"}
+    wrong = {
+        "cout": "one of",
+        "bsc(1)": "2 numbers",
+        "bsc(a, b)": "2 num",
+        "cyck(0.5)": "1 num",
+        "count(3)": "none",
+        "bsc(1,": "one of",
+    }
     for name, match in wrong.items():
         with pytest.raises(ValueError, match=match):
             design(name)

@@ -1,4 +1,6 @@
-"""The wrapper against the plain Hugging Face model, checkpoints, padding, adapters, and what must be refused."""
+"""The wrapper against the plain Hugging Face model, checkpoints, padding, adapters, and what must
+be refused.
+"""
 
 import json
 
@@ -18,18 +20,24 @@ def model():
 
 def example_batch(model, prompts, length=6):
     prompt, prompt_valid = model.encode(prompts)
-    completion = torch.randint(4, 15, (len(prompts), length), generator=torch.Generator().manual_seed(0))
+    completion = torch.randint(
+        4, 15, (len(prompts), length), generator=torch.Generator().manual_seed(0)
+    )
     return Batch(prompt, prompt_valid, completion, torch.ones_like(completion, dtype=torch.bool))
 
 
 def test_scores_equal_the_full_logits(model):
-    """The head on hidden rows only gives what log-softmax over all positions gives, with the mask id excluded."""
+    """The head on hidden rows only gives what log-softmax over all positions gives, with the mask
+    id excluded.
+    """
     batch = example_batch(model, ["12=", "34="])
     hidden = torch.rand(2, 6, generator=torch.Generator().manual_seed(1)) < 0.5
     ids = torch.cat([batch.prompt, batch.completion.masked_fill(hidden, model.mask_id)], 1)
     logits = model.hf(input_ids=ids).logits[:, 3:].clone()
     logits[..., model.mask_id] = -torch.inf
-    expected = logits.log_softmax(-1).gather(-1, batch.completion[..., None])[..., 0].where(hidden, 0.0)
+    expected = (
+        logits.log_softmax(-1).gather(-1, batch.completion[..., None])[..., 0].where(hidden, 0.0)
+    )
     assert torch.allclose(model(batch, hidden), expected, atol=1e-5)
     assert (model.logits(ids, batch.prompt_valid, 3, 9)[..., model.mask_id] == -torch.inf).all()
 
@@ -59,7 +67,10 @@ def test_checkpoint_round_trip(model, tmp_path):
 
 def test_initialisation_is_keyed_and_leaves_the_global_generator(model):
     before = torch.random.get_rng_state()
-    again, other = tiny("0123456789=", seed=0, layers=2, width=32), tiny("0123456789=", seed=1, layers=2, width=32)
+    again, other = (
+        tiny("0123456789=", seed=0, layers=2, width=32),
+        tiny("0123456789=", seed=1, layers=2, width=32),
+    )
     add_lora(other, "d1", rank=2, alpha=4.0, seed=0)
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
@@ -81,7 +92,13 @@ def test_damaged_checkpoints_are_refused(model, tmp_path, damage):
 
 
 def test_causal_models_are_refused(model, tmp_path):
-    config = LlamaConfig(vocab_size=15, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=15,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     model.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="causal"):
@@ -114,12 +131,18 @@ def test_a_full_reference_stays_when_the_policy_moves(model):
     batch, reference = example_batch(model, ["12="]), reference_of(model)
     before = reference(batch, batch.valid)
     with torch.no_grad():
-        model.hf.lm_head.weight.add_(0.1 * torch.randn(15, 32, generator=torch.Generator().manual_seed(0)))
+        model.hf.lm_head.weight.add_(
+            0.1 * torch.randn(15, 32, generator=torch.Generator().manual_seed(0))
+        )
     assert torch.equal(reference(batch, batch.valid), before) and not before.requires_grad
     assert not torch.equal(model(batch, batch.valid), before)
 
 
 def test_valid_ends_with_the_first_end_token():
     completion = torch.tensor([[5, 1, 6, 1], [5, 6, 7, 8], [1, 1, 1, 1]])
-    assert valid_until_end(completion, 1).tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
+    assert valid_until_end(completion, 1).tolist() == [
+        [True, True, False, False],
+        [True] * 4,
+        [True, False, False, False],
+    ]
     assert valid_until_end(completion, None).all()

@@ -61,7 +61,10 @@ def gone(pid: int) -> bool:
 
 def test_unknown_parameter_is_refused_before_anything_is_made(folder):
     notebook = make(folder)
-    with pytest.raises(ParameterError, match="unknown parameter 'stpes': did you mean 'steps'. declared: steps, lam, data"):
+    with pytest.raises(
+        ParameterError,
+        match="unknown parameter 'stpes': did you mean 'steps'. declared: steps, lam, data",
+    ):
         execute(notebook, {"stpes": 3})
     with pytest.raises(ParameterError, match="parameter steps: given '3', expected int"):
         execute(notebook, {"steps": "3"})
@@ -82,7 +85,9 @@ def test_a_directory_in_use_by_a_live_process_is_refused(folder):
     path = run_path(notebook, complete(declared(notebook), {}), runs_root(notebook))
     opened = f"r.open_run(pathlib.Path({str(path)!r}), json.loads(input())); print('open', flush=True); input()"
     code = f"import json, pathlib, rspo_lab.runs.run as r; {opened}"
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     with other:
         other.stdin.write(json.dumps(complete(declared(notebook), {})) + "\n")
         other.stdin.flush()
@@ -98,7 +103,9 @@ def test_a_directory_in_use_by_a_live_process_is_refused(folder):
 
 def test_a_run_that_ends_well_is_done_once(folder, monkeypatch):
     monkeypatch.setattr(notebook_module, "REPORT_S", 0.05)
-    sockets = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))  # short: a socket's path has at most 107 bytes
+    sockets = Path(
+        tempfile.mkdtemp(prefix="s-", dir="/tmp")
+    )  # short: a socket's path has at most 107 bytes
     monkeypatch.setattr(tempfile, "tempdir", str(sockets))
     lines = []
     notebook = make(folder, FIGURE, "import time; time.sleep(0.2)", "run.finish()")
@@ -107,11 +114,21 @@ def test_a_run_that_ends_well_is_done_once(folder, monkeypatch):
     assert (outcome.state, outcome.code) == ("done", 0), outcome
     assert outcome.path.parent == folder.parent / "runs" / "first"
     row = pd.read_parquet(outcome.path / "results.parquet").iloc[0]
-    assert row.to_dict() == {"python": sys.executable, "cwd": str(folder), "headless": "1", "lam": 2.0}
+    assert row.to_dict() == {
+        "python": sys.executable,
+        "cwd": str(folder),
+        "headless": "1",
+        "lam": 2.0,
+    }
     assert status(outcome)["state"] == "done" and status(outcome)["pid"] != os.getpid()
     assert "said by C" in (outcome.path / "kernel.log").read_text()
     cells = nbformat.read(outcome.path / "executed.ipynb", 4).cells
-    (shown,) = [output.data for cell in cells for output in cell.outputs if output.output_type == "display_data"]
+    (shown,) = [
+        output.data
+        for cell in cells
+        for output in cell.outputs
+        if output.output_type == "display_data"
+    ]
     assert "image/png" in shown
     before = (outcome.path / "executed.ipynb").stat().st_mtime_ns
     again = execute(notebook, {"data": "a=b", "lam": 2.0}, name="first")
@@ -144,7 +161,11 @@ def test_a_cell_error_is_one_line(folder):
 
 def test_an_exit_before_the_end_is_not_success(folder):
     outcome = execute(make(folder, "import sys; sys.exit(0)", "run.finish()"))
-    assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == ("failed", 1, "unfinished")
+    assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == (
+        "failed",
+        1,
+        "unfinished",
+    )
 
 
 def test_an_error_after_finish_is_not_success(folder):
@@ -156,15 +177,25 @@ def test_a_killed_kernel_is_seen_and_a_second_try_completes(folder):
     die_once = "import os, pathlib\nif not pathlib.Path('marker').exists():\n    pathlib.Path('marker').touch(); os.kill(os.getpid(), 9)"
     notebook = make(folder, die_once, "run.finish()")
     outcome = execute(notebook)
-    assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == ("failed", 138, "kernel died")
+    assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == (
+        "failed",
+        138,
+        "kernel died",
+    )
     again = execute(notebook)
     assert (again.path, again.code) == (outcome.path, 0)
     assert "error" not in status(again)
 
 
 def test_a_timeout_is_for_the_whole_run_and_ends_the_kernel(folder):
-    outcome = execute(make(folder, "import time", *["time.sleep(2)"] * 60, "run.finish()"), timeout=10)
-    assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == ("failed", 124, "timeout")
+    outcome = execute(
+        make(folder, "import time", *["time.sleep(2)"] * 60, "run.finish()"), timeout=10
+    )
+    assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == (
+        "failed",
+        124,
+        "timeout",
+    )
     assert gone(status(outcome)["pid"])
 
 
@@ -178,13 +209,19 @@ def test_an_interrupt_ends_the_kernel_and_is_recorded(folder, number, code):
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with SIGINT ignored
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background starts with SIGINT ignored
     threading.Thread(target=interrupt, daemon=True).start()
     try:
         outcome = execute(notebook, timeout=60)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == ("failed", code, "interrupted")
+    assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == (
+        "failed",
+        code,
+        "interrupted",
+    )
     assert gone(status(outcome)["pid"])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -193,43 +230,71 @@ def test_a_kernel_that_does_not_start_is_tried_once_more(folder, monkeypatch):
     tries = folder / "tries"
     tries.touch()
     code = "import os\nif os.path.getsize({0!r}) < {1}:\n    open({0!r}, 'a').write('x')\n    os._exit(1)"
-    (folder / "sitecustomize.py").write_text(code.format(str(tries), 3))  # the first three starts fail
+    (folder / "sitecustomize.py").write_text(
+        code.format(str(tries), 3)
+    )  # the first three starts fail
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     notebook = make(folder, "run.finish()")
     outcome = execute(notebook)
-    assert (outcome.code, status(outcome)["error"]["kind"], tries.read_text()) == (1, "kernel start", "xx")
+    assert (outcome.code, status(outcome)["error"]["kind"], tries.read_text()) == (
+        1,
+        "kernel start",
+        "xx",
+    )
     assert (execute(notebook).code, tries.read_text()) == (0, "xxx")
 
 
 def test_the_users_kernels_and_startup_files_are_not_used(folder, monkeypatch):
     spec = folder / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "python"}))
+    (spec / "kernel.json").write_text(
+        json.dumps(
+            {"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "python"}
+        )
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
     startup = folder / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "mine.py").write_text("leftover = 1")
     monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
     notebook = make(folder, "run.finish()")
-    notebook.write_text(json.dumps({**json.loads(notebook.read_text()), "metadata": {}}))  # nor need the notebook name a kernel
+    notebook.write_text(
+        json.dumps({**json.loads(notebook.read_text()), "metadata": {}})
+    )  # nor need the notebook name a kernel
     assert execute(notebook).code == 0
 
 
 def test_a_notebook_that_names_another_is_refused(folder):
     notebook = make(folder, "run.finish()").rename(folder / "copy.ipynb")
     outcome = execute(notebook)
-    assert outcome.code == 2 and 'write start_run("copy.ipynb", globals())' in outcome.message and not outcome.path.exists()
+    assert (
+        outcome.code == 2
+        and 'write start_run("copy.ipynb", globals())' in outcome.message
+        and not outcome.path.exists()
+    )
 
 
 def test_bare_papermill_is_as_strict_and_shares_the_key(folder):
     notebook = make(folder, "run.finish()")
 
     def papermill(*parameters):
-        command = [sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", "demo.ipynb", "out.ipynb", *parameters]
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            "-k",
+            "python3",
+            "--no-progress-bar",
+            "demo.ipynb",
+            "out.ipynb",
+            *parameters,
+        ]
         return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
     refused = papermill("-p", "lamb", "3")
-    assert refused.returncode != 0 and "unknown parameter 'lamb': did you mean 'lam'" in refused.stderr
+    assert (
+        refused.returncode != 0 and "unknown parameter 'lamb': did you mean 'lam'" in refused.stderr
+    )
     assert not (folder.parent / "runs").exists()
     assert papermill("-p", "lam", "2").returncode == 0
     outcome = execute(notebook, {"lam": 2.0})

@@ -1,4 +1,6 @@
-"""The notebooks: clean in git, parameters all used, and each of them runs to its end through the wrapper and agrees with itself."""
+"""The notebooks: clean in git, parameters all used, and each of them runs to its end through the
+wrapper and agrees with itself.
+"""
 
 import ast
 import dataclasses
@@ -14,15 +16,23 @@ import pytest
 
 from rspo_lab.checkpoints import trained_run
 from rspo_lab.config import TrainConfig
-from rspo_lab.runs.files import read_json
 from rspo_lab.measure.gap import through_training
+from rspo_lab.runs.files import read_json
 from rspo_lab.runs.notebook import run_notebook
 from rspo_lab.runs.parameters import declared
 from rspo_lab.tasks import TASKS
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
-TRAIN = {"steps": 2, "prompts": 2, "group": 4, "eval_every": 1, "eval_problems": 8, "snapshots": 2, "device": "cpu"}
+TRAIN = {
+    "steps": 2,
+    "prompts": 2,
+    "group": 4,
+    "eval_every": 1,
+    "eval_problems": 8,
+    "snapshots": 2,
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +58,17 @@ def test_clean_small_and_every_parameter_used(name):
     nbformat.validate(book)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
-    assert set(book.metadata) == {"kernelspec", "language_info"} and code[0].metadata.tags == ["parameters"]
+    assert set(book.metadata) == {"kernelspec", "language_info"} and code[0].metadata.tags == [
+        "parameters"
+    ]
     assert len(code) <= 9 and all(len(cell.source.splitlines()) <= 12 for cell in code[1:])
     rest = "\n".join(cell.source for cell in code[1:])
     tree = compile(rest, name, "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    assert not [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names = set(declared(FOLDER / name))
     if "run.params" in rest:
@@ -63,10 +79,20 @@ def test_clean_small_and_every_parameter_used(name):
 
 
 def test_base_model(runs):
-    small = {"task": "countdown", "steps": 4, "eval_every": 2, "problems": 8, "layers": 1, "width": 32, "batch_size": 8}
+    small = {
+        "task": "countdown",
+        "steps": 4,
+        "eval_every": 2,
+        "problems": 8,
+        "layers": 1,
+        "width": 32,
+        "batch_size": 8,
+    }
     path = run(runs, "01_base_model.ipynb", small)
     table = pd.read_parquet(path / "results.parquet")
-    assert {"solve_rate", "low", "high", "forwards", "n"} <= set(table.columns) and (table["low"] <= table["high"]).all()
+    assert {"solve_rate", "low", "high", "forwards", "n"} <= set(table.columns) and (
+        table["low"] <= table["high"]
+    ).all()
     assert (path / "model/model.safetensors").stat().st_size > 0
     assert {p.stem for p in (path / "figures").iterdir()} == {"pretraining", "decoding"}
     assert {p.suffix for p in (path / "figures").iterdir()} == {".png", ".pdf", ".csv"}
@@ -80,12 +106,32 @@ def test_train(trained):
 
 
 def test_variance(runs, trained):
-    small = {"views": [2, 4], "prompts": 2, "group": 2, "redraws": 400, "gradient_views": [2], "gradient_redraws": 3, "step": 2}
+    small = {
+        "views": [2, 4],
+        "prompts": 2,
+        "group": 2,
+        "redraws": 400,
+        "gradient_views": [2],
+        "gradient_redraws": 3,
+        "step": 2,
+    }
     path = run(runs, "03_estimator_variance.ipynb", small | {"trained": str(trained)})
     frame = pd.read_parquet(path / "results.parquet")
-    assert list(frame.columns) == ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
+    assert list(frame.columns) == [
+        "task",
+        "policy",
+        "design",
+        "views",
+        "cost",
+        "quantity",
+        "value",
+        "stderr",
+    ]
     value = frame.set_index(["design", "views", "quantity"])["value"]
-    assert set(frame["policy"]) == {"step 2"} and value["auto + two-level + allocated", 2, "var_gradient"] > 0
+    assert (
+        set(frame["policy"]) == {"step 2"}
+        and value["auto + two-level + allocated", 2, "var_gradient"] > 0
+    )
     assert {p.stem for p in (path / "figures").iterdir()} == {"profile", "variance", "bias"}
     assert value["count", 2, "var_d_shared"] < value["count", 2, "var_d_independent"]
     error = frame.set_index(["design", "views", "quantity"])["stderr"]
@@ -94,37 +140,87 @@ def test_variance(runs, trained):
 
 
 def test_gap(runs, trained):
-    path = run(runs, "04_logratio_gap.ipynb", {"trained": str(trained), "prompts": 2, "group": 4, "views": 2})
+    path = run(
+        runs,
+        "04_logratio_gap.ipynb",
+        {"trained": str(trained), "prompts": 2, "group": 4, "views": 2},
+    )
     frame = pd.read_parquet(path / "results.parquet")
     assert sorted(frame["step"].unique()) == [0, 1, 2] and len(frame) == 24
     assert (frame["gap"] - (frame["target"] - frame["d_hat"])).abs().max() < 1e-9
-    assert (frame["log_ratio"] - frame["d_exact"] - frame["elbo_gap"] + frame["elbo_gap_reference"]).abs().max() < 1e-9
+    assert (
+        frame["log_ratio"] - frame["d_exact"] - frame["elbo_gap"] + frame["elbo_gap_reference"]
+    ).abs().max() < 1e-9
 
 
 def test_throughput(runs):
-    """Both paths of every work in numbers, the memory of one slice at any number of views, and a figure."""
-    small = {"width": 32, "layers": 1, "ffn": 64, "vocab": 4000, "prompt": 8, "completion": 16, "sequences": 2, "slice_size": 2}
-    path = run(runs, "06_throughput.ipynb", small | {"lora_rank": 4, "block": 8, "decode_steps": 2, "repeats": 1, "device": "cpu"})
+    """Both paths of every work in numbers, the memory of one slice at any number of views, and a
+    figure.
+    """
+    small = {
+        "width": 32,
+        "layers": 1,
+        "ffn": 64,
+        "vocab": 4000,
+        "prompt": 8,
+        "completion": 16,
+        "sequences": 2,
+        "slice_size": 2,
+    }
+    path = run(
+        runs,
+        "06_throughput.ipynb",
+        small | {"lora_rank": 4, "block": 8, "decode_steps": 2, "repeats": 1, "device": "cpu"},
+    )
     frame = pd.read_parquet(path / "results.parquet")
     assert list(frame.columns) == [
-        "work", "path", "views", "sequences", "tokens", "seconds", "spread", "sequences_per_s", "tokens_per_s", "tflops",
-        "share_of_ceiling", "peak_gib", "device", "dtype", "note",
-    ]  # fmt: skip
-    assert {p.name for p in (path / "figures").iterdir()} == {f"throughput.{kind}" for kind in ("png", "pdf", "csv")}
+        "work",
+        "path",
+        "views",
+        "sequences",
+        "tokens",
+        "seconds",
+        "spread",
+        "sequences_per_s",
+        "tokens_per_s",
+        "tflops",
+        "share_of_ceiling",
+        "peak_gib",
+        "device",
+        "dtype",
+        "note",
+    ]
+    assert {p.name for p in (path / "figures").iterdir()} == {
+        f"throughput.{kind}" for kind in ("png", "pdf", "csv")
+    }
     assert not frame.isna().any(axis=None) and set(frame["dtype"]) == {"float32"}
     peak = frame[frame["work"] == "update"].set_index(["path", "views"])["peak_gib"]
-    assert peak["ours", 8] < 1.3 * peak["ours", 2] and peak["naive", 8] > 2 * peak["naive", 2]  # 8 views have a slice that hides more
+    assert (
+        peak["ours", 8] < 1.3 * peak["ours", 2] and peak["naive", 8] > 2 * peak["naive", 2]
+    )  # 8 views have a slice that hides more
 
 
 def test_explore(tmp_path):
-    """Where there is no training run it makes a short one; the table's points agree with the gap's own measurement of it."""
-    small = {"train_steps": 2, "prompts": 2, "group": 2, "redraws": 20, "design": "one_step", "views": 1, "lam": 0.2}
+    """Where there is no training run it makes a short one; the table's points agree with the gap's
+    own measurement of it.
+    """
+    small = {
+        "train_steps": 2,
+        "prompts": 2,
+        "group": 2,
+        "redraws": 20,
+        "design": "one_step",
+        "views": 1,
+        "lam": 0.2,
+    }
     path = run(tmp_path / "runs", "explore.ipynb", small)
     assert {p.stem for p in (path / "figures").iterdir()} == {"panels", "decoding-0"}
     frame = pd.read_parquet(path / "results.parquet")
     points = frame[frame["panel"] == "gap"].reset_index()
     config, policies = trained_run(path)
-    measured = through_training(config, {2: policies[2]}, prompts=2, group=2, design="one_step", views=1, lam=0.2, seed=0)
+    measured = through_training(
+        config, {2: policies[2]}, prompts=2, group=2, design="one_step", views=1, lam=0.2, seed=0
+    )
     for column in ("reward", "advantage", "d", "d_exact", "d_hat", "target", "gap", "weight"):
         assert points[column].tolist() == pytest.approx(measured[column].tolist(), abs=1e-4), column
 
@@ -132,14 +228,25 @@ def test_explore(tmp_path):
 def test_explore_refuses_a_folder_without_training_runs(tmp_path):
     (tmp_path / "nothing").mkdir()
     given = {"runs": str(tmp_path / "nothing")}
-    outcome = run_notebook(FOLDER / "explore.ipynb", given, runs=tmp_path / "runs", report=lambda line: None)
+    outcome = run_notebook(
+        FOLDER / "explore.ipynb", given, runs=tmp_path / "runs", report=lambda line: None
+    )
     assert outcome.code == 2 and "no training run with saved policies under" in outcome.message
     assert "run notebook 02_train" in outcome.message and not (tmp_path / "runs").exists()
 
 
 def test_bare_papermill_gives_the_same_run(trained, tmp_path):
-    """Same parameters, same key, same records, bit for bit; and a parameter that is not declared is refused."""
-    command = [sys.executable, "-m", "papermill", str(FOLDER / "02_train.ipynb"), str(tmp_path / "out.ipynb"), "--no-progress-bar"]
+    """Same parameters, same key, same records, bit for bit; and a parameter that is not declared is
+    refused.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(FOLDER / "02_train.ipynb"),
+        str(tmp_path / "out.ipynb"),
+        "--no-progress-bar",
+    ]
     words = [w for name, value in TRAIN.items() for w in ("-p", name, str(value))]
     place = {"RSPO_LAB_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command + words, env=os.environ | place, capture_output=True, text=True)
@@ -147,10 +254,20 @@ def test_bare_papermill_gives_the_same_run(trained, tmp_path):
     mine = tmp_path / "runs/02_train" / trained.name
     assert read_json(mine / "status.json")["state"] == "done"
     assert read_json(mine / "params.json") == read_json(trained / "params.json")
-    close = [json.loads((path / "metrics.jsonl").read_text().splitlines()[-1]) for path in (mine, trained)]
-    assert close[0]["loss"] == pytest.approx(close[1]["loss"], rel=1e-3, abs=1e-6) and close[0]["reward"] == close[1]["reward"]
-    refused = subprocess.run(command + ["-p", "stepps", "3"], env=os.environ | place, capture_output=True, text=True)
-    assert refused.returncode != 0 and "did you mean" in refused.stderr and "steps" in refused.stderr
+    close = [
+        json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
+        for path in (mine, trained)
+    ]
+    assert (
+        close[0]["loss"] == pytest.approx(close[1]["loss"], rel=1e-3, abs=1e-6)
+        and close[0]["reward"] == close[1]["reward"]
+    )
+    refused = subprocess.run(
+        command + ["-p", "stepps", "3"], env=os.environ | place, capture_output=True, text=True
+    )
+    assert (
+        refused.returncode != 0 and "did you mean" in refused.stderr and "steps" in refused.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,10 +279,16 @@ def test_bare_papermill_gives_the_same_run(trained, tmp_path):
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(given, said, tmp_path):
-    outcome = run_notebook(FOLDER / "02_train.ipynb", given, runs=tmp_path / "runs", report=lambda line: None)
+    outcome = run_notebook(
+        FOLDER / "02_train.ipynb", given, runs=tmp_path / "runs", report=lambda line: None
+    )
     assert outcome.code == 2 and said in outcome.message and not (tmp_path / "runs").exists()
 
 
 def test_tasks_named_in_notebooks_exist():
-    tasks = [declared(FOLDER / name)["task"].default for name in NOTEBOOKS if "task" in declared(FOLDER / name)]
+    tasks = [
+        declared(FOLDER / name)["task"].default
+        for name in NOTEBOOKS
+        if "task" in declared(FOLDER / name)
+    ]
     assert len(tasks) >= 4 and set(tasks) <= set(TASKS)

@@ -4,14 +4,23 @@ import pytest
 import torch
 from test_estimators import count_support
 
-from rspo_lab.advantages import ADVANTAGES, leave_one_out, mean_centred, softmax, standardized, uninformative
+from rspo_lab.advantages import (
+    ADVANTAGES,
+    leave_one_out,
+    mean_centred,
+    softmax,
+    standardized,
+    uninformative,
+)
 from rspo_lab.estimators import log_ratio_draws
 from rspo_lab.objectives import reinforce_elbo, rspo
 from rspo_lab.oracle import exact_elbo
 
 
 def features(replicates, rows, seed=0):
-    """A linear model of the draws: d = phi @ theta, so that gradients with respect to theta are plain sums."""
+    """A linear model of the draws: d = phi @ theta, so that gradients with respect to theta are
+    plain sums.
+    """
     generator = torch.Generator().manual_seed(seed)
     phi = torch.randn(replicates, rows, 5, dtype=torch.float64, generator=generator)
     theta = torch.randn(5, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -22,7 +31,11 @@ def gradient(value, theta):
     return torch.autograd.grad(value, theta)[0]
 
 
-SCOPES = {"batch": torch.zeros(6, dtype=torch.long), "group": torch.tensor([0, 0, 1, 1, 1, 2]), "none": None}
+SCOPES = {
+    "batch": torch.zeros(6, dtype=torch.long),
+    "group": torch.tensor([0, 0, 1, 1, 1, 2]),
+    "none": None,
+}
 
 
 @pytest.mark.parametrize("name", SCOPES)
@@ -64,18 +77,28 @@ def test_sign_flips_counts_overshot_rows():
 
 @pytest.mark.parametrize("residual, bias", [("leave_one_out", False), ("shared", True)])
 def test_leave_one_out_is_unbiased_for_the_true_square_and_shared_is_not(residual, bias, small):
-    """Expectation over every pair of count masks, on a real model: gradient of lam/2 (E d - A/lam)^2, plus, if shared,
+    """Expectation over every pair of count masks, on a real model: gradient of lam/2 (E d -
+    A/lam)^2, plus, if shared,
     lam/2 grad Var[d] / R."""
     batch, advantage, lam = small.batch.rows([0]), torch.tensor([0.7], dtype=torch.float64), 0.4
     masks, law = count_support(4)
     d = log_ratio_draws(small.policy, small.reference, batch, masks)[:, 0]
     first, second = torch.meshgrid(torch.arange(len(d)), torch.arange(len(d)), indexing="ij")
-    pairs = torch.stack([d[first.flatten()], d[second.flatten()]])  # two replicates, one column a pair of masks
+    pairs = torch.stack(
+        [d[first.flatten()], d[second.flatten()]]
+    )  # two replicates, one column a pair of masks
     probability = law[first.flatten()] * law[second.flatten()]
-    each = [rspo(pairs[:, i : i + 1], advantage, lam=lam, scope="none", residual=residual).value for i in range(pairs.shape[1])]
-    (mean_gradient,) = torch.autograd.grad((torch.stack(each) * probability).sum(), small.policy.logits, retain_graph=True)
+    each = [
+        rspo(pairs[:, i : i + 1], advantage, lam=lam, scope="none", residual=residual).value
+        for i in range(pairs.shape[1])
+    ]
+    (mean_gradient,) = torch.autograd.grad(
+        (torch.stack(each) * probability).sum(), small.policy.logits, retain_graph=True
+    )
     exact = exact_elbo(small.policy, batch)[0] - exact_elbo(small.reference, batch)[0].detach()
-    (target,) = torch.autograd.grad(lam * 0.5 * (exact - advantage[0] / lam) ** 2, small.policy.logits, retain_graph=True)
+    (target,) = torch.autograd.grad(
+        lam * 0.5 * (exact - advantage[0] / lam) ** 2, small.policy.logits, retain_graph=True
+    )
     variance = (law * d**2).sum() - (law * d).sum() ** 2
     (extra,) = torch.autograd.grad(lam * 0.5 * variance / 2, small.policy.logits)
     assert torch.allclose(mean_gradient, target + extra if bias else target, atol=1e-12)
@@ -83,7 +106,9 @@ def test_leave_one_out_is_unbiased_for_the_true_square_and_shared_is_not(residua
 
 
 def test_leave_one_out_centres_the_other_replicates_estimate():
-    """Against loops: replicate r of row i is weighed by A_i - lam (mean of the other draws of i, minus that over all rows)."""
+    """Against loops: replicate r of row i is weighed by A_i - lam (mean of the other draws of i,
+    minus that over all rows).
+    """
     phi, theta, advantage = features(3, 4)
     d, lam = phi @ theta, 0.7
     total = 0.0
@@ -108,10 +133,14 @@ def test_advantages_by_hand():
     third = 1 / 3
     assert mean_centred(reward, 3).tolist() == pytest.approx([2 * third, -third, -third, 0, 0, 0])
     assert leave_one_out(reward, 3).tolist() == pytest.approx([1, -0.5, -0.5, 0, 0, 0])
-    assert standardized(reward, 3).tolist() == pytest.approx([2 / 3**0.5, -1 / 3**0.5, -1 / 3**0.5, 0, 0, 0])
+    assert standardized(reward, 3).tolist() == pytest.approx(
+        [2 / 3**0.5, -1 / 3**0.5, -1 / 3**0.5, 0, 0, 0]
+    )
     assert uninformative(reward, 3).tolist() == [0, 1]
     weights = torch.tensor([2 * third, -third, -third], dtype=torch.float64)
-    assert softmax(reward, 3)[:3].tolist() == pytest.approx((weights.softmax(0) - (-weights).softmax(0)).tolist())
+    assert softmax(reward, 3)[:3].tolist() == pytest.approx(
+        (weights.softmax(0) - (-weights).softmax(0)).tolist()
+    )
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)

@@ -44,10 +44,16 @@ def test_likelihood_sums_to_one_and_bounds_the_elbo():
 
 def test_no_gap_for_an_order_consistent_model():
     """Independent tokens: every order gives the same product."""
-    table = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    table = torch.randn(
+        4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).log_softmax(-1)
     batch = completions([[0, 1, 2, 0], [2, 1, 1, 1]])
-    elbo, logp = exact_scores(lambda b, hidden: table[torch.arange(4), b.completion].where(hidden, 0.0), batch)
-    assert torch.allclose(elbo, logp, atol=1e-12) and torch.allclose(logp, table[torch.arange(4), batch.completion].sum(1), atol=1e-12)
+    elbo, logp = exact_scores(
+        lambda b, hidden: table[torch.arange(4), b.completion].where(hidden, 0.0), batch
+    )
+    assert torch.allclose(elbo, logp, atol=1e-12) and torch.allclose(
+        logp, table[torch.arange(4), batch.completion].sum(1), atol=1e-12
+    )
 
 
 def test_short_rows_ignore_their_tail(small):
@@ -56,7 +62,9 @@ def test_short_rows_ignore_their_tail(small):
 
 
 def test_moments_of_one_count_view(small):
-    """Against draws of the estimator itself: mean is the ELBO exactly, variance within 5 standard errors."""
+    """Against draws of the estimator itself: mean is the ELBO exactly, variance within 5 standard
+    errors.
+    """
     mean, variance = count_moments(small.policy, small.batch)
     assert torch.allclose(mean, exact_elbo(small.policy, small.batch), atol=1e-12)
     masks = count(small.batch.valid, 20_000, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,8 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 # fmt: off
-LEVELS = [  # a file imports only from the levels before its own, or from files before it in its level
+# a file imports only from the levels before its own, or from files before it in its level
+LEVELS = [
     {"batch", "keys", "files", "interrupts", "tracking", "masks", "advantages", "objectives", "diagnostics", "tasks", "style", "cost"},
     {"architectures", "tokenizer", "head", "held", "world"},
     {"parameters", "provenance", "estimators", "oracle", "rollout", "plots", "noise_plots", "explore_plots", "throughput_plots",
@@ -39,7 +40,9 @@ def test_files_import_from_lower_levels_only():
     assert set(files) | {"tasks"} == set(level)
     for name, path in files.items():
         for other in imports(path):
-            assert level[other] <= level[name], f"{name} (level {level[name]}) imports {other} (level {level[other]})"
+            assert level[other] <= level[name], (
+                f"{name} (level {level[name]}) imports {other} (level {level[other]})"
+            )
 
 
 def test_no_import_cycles():
@@ -60,12 +63,18 @@ def test_no_import_cycles():
 
 
 def test_no_file_is_longer_than_300_lines():
-    long = {p.name: n for p in (ROOT / "rspo_lab").rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
+    long = {
+        p.name: n
+        for p in (ROOT / "rspo_lab").rglob("*.py")
+        if (n := len(p.read_text().splitlines())) > 300
+    }
     assert not long
 
 
 def test_conda_environment_and_pyproject_agree():
-    """environment.yml names python, pip, the constraints and this package with an extra; the dependencies are pyproject's."""
+    """environment.yml names python, pip, the constraints and this package with an extra; the
+    dependencies are pyproject's.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python, pip, options = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     lowest = tuple(map(int, re.fullmatch(r">=(\d+)\.(\d+)", project["requires-python"]).groups()))

@@ -1,4 +1,6 @@
-"""Run directories: opened for one set of parameters, one key by hand and headless, never half-written."""
+"""Run directories: opened for one set of parameters, one key by hand and headless, never
+half-written.
+"""
 
 import os
 import subprocess
@@ -35,21 +37,32 @@ def folder(tmp_path):
 def test_start_run_by_hand_gives_the_wrappers_key(folder, monkeypatch):
     notebook = make(folder)
     monkeypatch.chdir(folder)
-    run = start_run("demo.ipynb", {"steps": 3, "lam": 1, "data": None, "In": ["x"], "Out": {}, "_i": "", "np": np})
+    run = start_run(
+        "demo.ipynb",
+        {"steps": 3, "lam": 1, "data": None, "In": ["x"], "Out": {}, "_i": "", "np": np},
+    )
     assert run.params == {"steps": 3, "lam": 1.0, "data": None}
-    assert run.path == run_path(notebook, complete(declared(notebook), {"lam": 1.0}), folder.parent / "runs")
+    assert run.path == run_path(
+        notebook, complete(declared(notebook), {"lam": 1.0}), folder.parent / "runs"
+    )
     assert run.path.parent == folder.parent / "runs" / "demo"
     assert run.path.name != run_path(folder / "other.ipynb", run.params, folder, "demo").name
     assert read_json(run.path / "params.json") == run.params
     provenance = read_json(run.path / "provenance.json")
-    assert provenance["python"]["executable"] == sys.executable and provenance["versions"]["papermill"]
+    assert (
+        provenance["python"]["executable"] == sys.executable and provenance["versions"]["papermill"]
+    )
     first = read_json(run.path / "status.json")
     assert first["state"] == "running" and first["pid"] == os.getpid()
 
 
 def test_provenance_keeps_what_is_not_committed(tmp_path, monkeypatch):
     def git(*words):
-        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words],
+            check=True,
+            capture_output=True,
+        )
 
     monkeypatch.setattr(provenance, "_SOURCE", tmp_path)
     source, run = tmp_path / "code.py", tmp_path / "run"
@@ -63,7 +76,11 @@ def test_provenance_keeps_what_is_not_committed(tmp_path, monkeypatch):
     source.write_text("two\n")
     provenance.write_provenance(run, "now", source)
     found = read_json(run / "provenance.json")
-    assert len(found["git"]) == 40 and len(found["dirty"]) == 64 and "+two" in (run / "dirty.diff").read_text()
+    assert (
+        len(found["git"]) == 40
+        and len(found["dirty"]) == 64
+        and "+two" in (run / "dirty.diff").read_text()
+    )
     git("commit", "-am", "y")
     provenance.write_provenance(run, "now", None)
     assert read_json(run / "provenance.json")["dirty"] is None and not (run / "dirty.diff").exists()
@@ -102,7 +119,11 @@ def test_progress_is_throttled_but_the_first_and_last_are_written(tmp_path):
     run = open_run(tmp_path / "r", {})
     for done, written in ((1, 1), (2, 1), (9, 9), (3, 9)):
         run.progress(done, 9, "note")
-        assert read_json(run.path / "status.json")["progress"] == {"done": written, "total": 9, "note": "note"}
+        assert read_json(run.path / "status.json")["progress"] == {
+            "done": written,
+            "total": 9,
+            "note": "note",
+        }
     run._progressed -= 1
     run.progress(4, 9)
     assert read_json(run.path / "status.json")["progress"] == {"done": 4, "total": 9, "note": ""}
@@ -128,7 +149,10 @@ def test_figures_and_results_are_files(tmp_path):
         run.results(frame)
     files = {path.name: path for path in (run.path / "figures").iterdir()}
     assert sorted(files) == ["line.csv", "line.pdf", "line.png"]
-    assert files["line.png"].read_bytes()[:4] == b"\x89PNG" and files["line.pdf"].read_bytes()[:4] == b"%PDF"
+    assert (
+        files["line.png"].read_bytes()[:4] == b"\x89PNG"
+        and files["line.pdf"].read_bytes()[:4] == b"%PDF"
+    )
     assert b"CreationDate" not in files["line.pdf"].read_bytes()
     pd.testing.assert_frame_equal(pd.read_csv(files["line.csv"]), frame)
     pd.testing.assert_frame_equal(pd.read_parquet(run.path / "results.parquet"), frame)
@@ -146,7 +170,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_a_run_of_other_parameters_is_refused(tmp_path):
     open_run(tmp_path / "r", {"lam": 0.1, "steps": 3})
-    with pytest.raises(RunError, match=r"belongs to other parameters \(lam differ\): choose another"):
+    with pytest.raises(
+        RunError, match=r"belongs to other parameters \(lam differ\): choose another"
+    ):
         open_run(tmp_path / "r", {"lam": 0.2, "steps": 3})
     open_run(tmp_path / "r", {"lam": 0.1, "steps": 3})
 
@@ -168,6 +194,9 @@ def test_load_runs_reports_every_directory(tmp_path):
     (run.path / "status.json").write_text('{"state": "do')
     release(run.path)
     frame = load_runs(tmp_path)
-    assert frame[["name", "key", "state", "lam"]].values.tolist() == [["a", "1", "done", 0.1], ["b", "2", "dead", 0.2]]
+    assert frame[["name", "key", "state", "lam"]].values.tolist() == [
+        ["a", "1", "done", 0.1],
+        ["b", "2", "dead", 0.2],
+    ]
     with pytest.raises(FileNotFoundError):
         load_runs(tmp_path / "none")

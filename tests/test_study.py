@@ -13,13 +13,14 @@ import pytest
 import torch
 from test_training import Folder, base, config  # noqa: F401
 
-from rspo_lab.sweeps import comparison as arms, report, study
 from rspo_lab.cli import main
 from rspo_lab.config import TrainConfig
 from rspo_lab.diagnostics import stratified_bootstrap
+from rspo_lab.figures.train import _looks, arms_figure
 from rspo_lab.runs.files import read_json
 from rspo_lab.runs.parameters import complete, declared
-from rspo_lab.figures.train import _looks, arms_figure
+from rspo_lab.sweeps import comparison as arms
+from rspo_lab.sweeps import report, study
 from rspo_lab.training import train
 
 
@@ -34,7 +35,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         found = dict(attributes)
         if tag == "img":
-            self.pictures.append(b64decode(found["src"].removeprefix("data:image/png;base64,"), validate=True))
+            self.pictures.append(
+                b64decode(found["src"].removeprefix("data:image/png;base64,"), validate=True)
+            )
         for name in ("src", "href"):
             if not found.get(name, "data:").startswith("data:"):
                 self.links.append(found[name])
@@ -70,56 +73,107 @@ def test_a_study_file_ends_in_one_page_and_one_table(finished):
     root, points = finished
     page = Page(root / "index.html")
     assert all(picture.startswith(b"\x89PNG") for picture in page.pictures)
-    assert len(page.pictures) == 2 + 1 + sum(len(list((point.path / "figures").glob("*.png"))) for point in points)
+    assert len(page.pictures) == 2 + 1 + sum(
+        len(list((point.path / "figures").glob("*.png"))) for point in points
+    )
     assert all((root / link).is_file() for link in page.links) and len(page.links) == len(points)
     results = pd.read_parquet(root / "results.parquet")
-    assert list(results) == ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
-    assert set(results["policy"]) == {"late"} and {"var_gradient", "var_rollouts", "share_token_d", "reliability"} <= set(
-        results["quantity"]
-    )
-    assert set(results.loc[results["design"] == "one_step", "views"]) == {1}  # two views of it are refused, and left out
+    assert list(results) == [
+        "task",
+        "policy",
+        "design",
+        "views",
+        "cost",
+        "quantity",
+        "value",
+        "stderr",
+    ]
+    assert set(results["policy"]) == {"late"} and {
+        "var_gradient",
+        "var_rollouts",
+        "share_token_d",
+        "reliability",
+    } <= set(results["quantity"])
+    assert set(results.loc[results["design"] == "one_step", "views"]) == {
+        1
+    }  # two views of it are refused, and left out
     table = pd.read_csv(root / "figures/arms.csv").set_index("arm")
     assert list(table.index) == ["rspo", "raw advantage"] and (table["seeds"] == 2).all()
     training = pd.read_parquet(root / "training.parquet")
-    assert set(training["name"]) == {"rspo", "raw_advantage"} and set(training["seed"]) == {0, 1} and len(training) == 4 * 3
+    assert (
+        set(training["name"]) == {"rspo", "raw_advantage"}
+        and set(training["seed"]) == {0, 1}
+        and len(training) == 4 * 3
+    )
 
 
 def test_arm_curves_add_up_what_was_spent(finished):
     path = finished[1][0].path
     curve, records = arms.arm_curve(path), arms.history(path)
-    assert curve["step"].tolist() == [0, 1, 2] and curve["rate"].tolist() == [r["eval_solve_rate"] for r in records]
-    assert curve["forwards"].tolist() == pytest.approx([0, records[1]["forwards"], records[1]["forwards"] + records[2]["forwards"]])
+    assert curve["step"].tolist() == [0, 1, 2] and curve["rate"].tolist() == [
+        r["eval_solve_rate"] for r in records
+    ]
+    assert curve["forwards"].tolist() == pytest.approx(
+        [0, records[1]["forwards"], records[1]["forwards"] + records[2]["forwards"]]
+    )
     assert curve["seconds"].is_monotonic_increasing and curve["seconds"].iloc[0] == 0
-    assert records[1]["forwards"] == pytest.approx(4 * records[1]["forward_passes"])  # one level: reference, policy, backward (2)
+    assert records[1]["forwards"] == pytest.approx(
+        4 * records[1]["forward_passes"]
+    )  # one level: reference, policy, backward (2)
 
 
 def written(folder: Path, config: dict, *rates: float) -> Path:
     """A training run's files: `rates` at steps 0, 2, 4 ..., 3 forwards a completion and 2 s a step."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"seed": 0, "task": "sudoku", "eval_problems": 10} | config))
+    (folder / "config.json").write_text(
+        json.dumps({"seed": 0, "task": "sudoku", "eval_problems": 10} | config)
+    )
     records = [{"step": 0, "eval_solve_rate": rates[0], "d_mean": 0.0}]
     for i, rate in enumerate(rates[1:]):
-        records += [{"step": 2 * i + 1, "forwards": 3.0}, {"step": 2 * i + 2, "forwards": 3.0, "eval_solve_rate": rate}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 9, "half a l')
+        records += [
+            {"step": 2 * i + 1, "forwards": 3.0},
+            {"step": 2 * i + 2, "forwards": 3.0, "eval_solve_rate": rate},
+        ]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records) + '{"step": 9, "half a l'
+    )
     times = [{"step": i, "update_s": 2.0} for i in range(1, 2 * len(rates) - 1)]
     (folder / "timing.jsonl").write_text("".join(json.dumps(r) + "\n" for r in times))
     return folder
 
 
 def test_arms_table_by_hand(tmp_path):
-    """Two arms of two seeds: final rates 60, 80 and 70, 100; the paired difference is 15 +- 12.706 * 5."""
+    """Two arms of two seeds: final rates 60, 80 and 70, 100; the paired difference is 15 +- 12.706
+    * 5.
+    """
     found = {
-        arm: [written(tmp_path / f"{arm}{seed}", {"seed": seed}, 0.5, final) for seed, final in enumerate(finals)]
+        arm: [
+            written(tmp_path / f"{arm}{seed}", {"seed": seed}, 0.5, final)
+            for seed, final in enumerate(finals)
+        ]
         for arm, finals in (("a", (0.6, 0.8)), ("b", (0.7, 1.0)))
     }
     a, b = arms.arms_table(found).to_dict("records")
-    assert a["final, %"].startswith("70.0 [") and a["each seed"] == "60.0 80.0" and a["final over the first, points"] == ""
-    assert a["final, bootstrap"] == "[60.0, 80.0]" and a["before, %"] == "50.0"  # of two seeds a quarter of the redraws is all one
-    assert b["final over the first, points"] == "+15.0 [-48.5, +78.5]" and b["forwards a completion"] == "6" and b["update s"] == "4"
+    assert (
+        a["final, %"].startswith("70.0 [")
+        and a["each seed"] == "60.0 80.0"
+        and a["final over the first, points"] == ""
+    )
+    assert (
+        a["final, bootstrap"] == "[60.0, 80.0]" and a["before, %"] == "50.0"
+    )  # of two seeds a quarter of the redraws is all one
+    assert (
+        b["final over the first, points"] == "+15.0 [-48.5, +78.5]"
+        and b["forwards a completion"] == "6"
+        and b["update s"] == "4"
+    )
 
 
 def test_one_seed_has_the_interval_of_its_problems_and_tasks_are_strata(tmp_path):
-    runs = [written(tmp_path / "s", {}, 0.5, 0.6), written(tmp_path / "c", {"task": "countdown"}, 0.1, 0.2)]
+    runs = [
+        written(tmp_path / "s", {}, 0.5, 0.6),
+        written(tmp_path / "c", {"task": "countdown"}, 0.1, 0.2),
+    ]
     sudoku, countdown, both = arms.arms_table({"a": runs}).to_dict("records")
     assert sudoku["final, %"] == "60.0 [31.3, 83.2] (Wilson)" and countdown["task"] == "countdown"
     said = tuple(both.get(name, "") for name in ("task", "seeds", "final, %", "final, bootstrap"))
@@ -127,34 +181,53 @@ def test_one_seed_has_the_interval_of_its_problems_and_tasks_are_strata(tmp_path
 
 
 def finished_run(root: Path, name: str, params: dict, *rates: float) -> Path:
-    """A training run in a folder of runs that says it is done; its batches were all skipped, so there is no d."""
+    """A training run in a folder of runs that says it is done; its batches were all skipped, so
+    there is no d.
+    """
     folder = written(root / name, params, *rates)
-    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().replace(', "d_mean": 0.0', ""))
-    (folder / "params.json").write_text(json.dumps({k: v for k, v in params.items() if k != "eval_problems"}))
+    (folder / "metrics.jsonl").write_text(
+        (folder / "metrics.jsonl").read_text().replace(', "d_mean": 0.0', "")
+    )
+    (folder / "params.json").write_text(
+        json.dumps({k: v for k, v in params.items() if k != "eval_problems"})
+    )
     (folder / "status.json").write_text('{"state": "done"}')
     return folder
 
 
 def test_a_page_over_runs_that_do_not_match(tmp_path):
-    """Of before and after a parameter was added, of unequal length, of 192 problems none of which is solved, without any d."""
+    """Of before and after a parameter was added, of unequal length, of 192 problems none of which
+    is solved, without any d.
+    """
     finished_run(tmp_path, "t/a", {"new": 1, "seed": 3, "eval_problems": 192}, 0.0, 0.0)
     finished_run(tmp_path, "t/b", {"seed": 4, "eval_problems": 64}, 0.5, 1.0, 1.0)
     finished_run(tmp_path, "50% more #2/c", {"seed": 4}, 0.5, 0.6)
     text = report.report(tmp_path).read_text()
     assert "t, new = 1" in text and "t, new = None" in text
     data = pd.read_csv(tmp_path / "figures/learning.csv")
-    assert dict(zip(data["arm"], data["seed"])) == {"50% more #2": 4, "t, new = 1": 3, "t, new = None": 4}
+    assert dict(zip(data["arm"], data["seed"])) == {
+        "50% more #2": 4,
+        "t, new = 1": 3,
+        "t, new = None": 4,
+    }
     (tmp_path / "t/a/metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="t/a/metrics.jsonl is empty"):
         report.report(tmp_path)
 
 
 def test_arms_of_unequal_evaluations_are_drawn_where_they_meet(tmp_path):
-    seeds = [arms.arm_curve(written(tmp_path / str(i), {}, *rates)) for i, rates in enumerate(((0.1, 0.3), (0.1, 0.5, 0.9)))]
-    many = [seeds[0].assign(rate=[0.1 + 0.2 / 3, 0.3])] * 14  # numpy's mean of these is not `sum`'s, by a last bit
+    seeds = [
+        arms.arm_curve(written(tmp_path / str(i), {}, *rates))
+        for i, rates in enumerate(((0.1, 0.3), (0.1, 0.5, 0.9)))
+    ]
+    many = [
+        seeds[0].assign(rate=[0.1 + 0.2 / 3, 0.3])
+    ] * 14  # numpy's mean of these is not `sum`'s, by a last bit
     figure = arms_figure({"a": seeds, "b": many})
     line = figure.axes[0].containers[0].lines[0]
-    assert line.get_xdata().tolist() == [0, 2] and line.get_ydata().tolist() == pytest.approx([0.1, 0.4])
+    assert line.get_xdata().tolist() == [0, 2] and line.get_ydata().tolist() == pytest.approx(
+        [0.1, 0.4]
+    )
 
 
 def test_thirty_arms_look_different():
@@ -163,39 +236,63 @@ def test_thirty_arms_look_different():
 
 def test_differences_say_of_how_many_pairs_if_of_fewer_than_there_are_seeds(tmp_path):
     found = {
-        arm: [written(tmp_path / f"{arm}{seed}", {"seed": seed}, 0.5, 0.6 + seed / 10) for seed in seeds]
+        arm: [
+            written(tmp_path / f"{arm}{seed}", {"seed": seed}, 0.5, 0.6 + seed / 10)
+            for seed in seeds
+        ]
         for arm, seeds in (("a", (0, 1)), ("b", (0, 1, 2)))
     }
-    assert arms.arms_table(found)["final over the first, points"].tolist() == ["", "+0.0 [+0.0, +0.0] (n = 2)"]
+    assert arms.arms_table(found)["final over the first, points"].tolist() == [
+        "",
+        "+0.0 [+0.0, +0.0] (n = 2)",
+    ]
 
 
 def test_response_is_of_one_number(tmp_path):
     found = {
-        f"{lam}": [written(tmp_path / f"{lam}{seed}", {"lam": lam, "seed": seed}, 0.5, 0.6 + lam) for seed in (0, 1)]
+        f"{lam}": [
+            written(tmp_path / f"{lam}{seed}", {"lam": lam, "seed": seed}, 0.5, 0.6 + lam)
+            for seed in (0, 1)
+        ]
         for lam in (0.3, 0.0, 0.1)
     }
     name, rates = arms.response(found)
-    assert name == "lam" and rates["value"].tolist() == [0.0, 0.1, 0.3] and rates["rate"].tolist() == pytest.approx([60, 70, 90])
+    assert (
+        name == "lam"
+        and rates["value"].tolist() == [0.0, 0.1, 0.3]
+        and rates["rate"].tolist() == pytest.approx([60, 70, 90])
+    )
     assert arms.response({k: found[k] for k in ("0.3", "0.0")}) is None
     found["x"] = [written(tmp_path / "x", {"lam": 0.2, "task": "sums"}, 0.5, 0.6)]
     assert arms.response(found) is None
 
 
 def test_stratified_bootstrap_against_all_redraws_and_its_coverage():
-    """Two strata of two: the 16 redraws can be listed.  With 5 normal seeds it covers the mean less often than it says."""
+    """Two strata of two: the 16 redraws can be listed.  With 5 normal seeds it covers the mean less
+    often than it says.
+    """
     strata = [[0.0, 1.0], [0.0, 10.0]]
     every = [(a + b) / 4 for a in (0, 1, 1, 2) for b in (0, 10, 10, 20)]
     generator = torch.Generator().manual_seed(0)
     mean, low, high = stratified_bootstrap(strata, generator=generator, resamples=20000)
-    assert mean == 2.75 and [low, high] == pytest.approx(np.quantile(every, [0.025, 0.975]).tolist(), abs=0.3)
+    assert mean == 2.75 and [low, high] == pytest.approx(
+        np.quantile(every, [0.025, 0.975]).tolist(), abs=0.3
+    )
     for seeds, said in ((3, 0.71), (5, 0.83)):
         draws = np.random.default_rng(seeds).normal(size=(1500, seeds)).tolist()
-        inside = [low <= 0 <= high for _, low, high in (stratified_bootstrap([d], generator=generator, resamples=400) for d in draws)]
+        inside = [
+            low <= 0 <= high
+            for _, low, high in (
+                stratified_bootstrap([d], generator=generator, resamples=400) for d in draws
+            )
+        ]
         assert np.mean(inside) == pytest.approx(said, abs=0.04)
 
 
 @pytest.mark.parametrize("scale", study.SCALES)
-@pytest.mark.parametrize("file", sorted((study.NOTEBOOKS / "studies").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted((study.NOTEBOOKS / "studies").glob("*.yaml")), ids=lambda file: file.stem
+)
 def test_committed_studies_are_valid_and_say_what_they_cost(file, scale, tmp_path):
     found = study.read_study(file, tmp_path, scale)
     assert found.title and len({point.path for point in found.points}) == len(found.points)
@@ -216,8 +313,13 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
 
 def test_scales_differ_in_what_the_file_says(tmp_path):
     (tmp_path / "small.yaml").write_text(SHEET)
-    cpu, gpu = (study.read_study(tmp_path / "small.yaml", tmp_path, scale) for scale in study.SCALES)
-    assert [(p.given["steps"], p.minutes) for p in (cpu.points[0], gpu.points[0])] == [(2, 1), (1, 2)]
+    cpu, gpu = (
+        study.read_study(tmp_path / "small.yaml", tmp_path, scale) for scale in study.SCALES
+    )
+    assert [(p.given["steps"], p.minutes) for p in (cpu.points[0], gpu.points[0])] == [
+        (2, 1),
+        (1, 2),
+    ]
     assert cpu.points[0].path != gpu.points[0].path and cpu.points[2].given == gpu.points[2].given
 
 
@@ -225,9 +327,15 @@ def test_runs_wait_for_the_runs_that_they_name(tmp_path):
     sheet = SHEET + '  later: {notebook: 04_logratio_gap.ipynb, parameters: {trained: "@late"}}\n'
     (tmp_path / "chain.yaml").write_text(sheet)
     waves = study.read_study(tmp_path / "chain.yaml", tmp_path).waves
-    assert [{point.name for point in points} for points in waves] == [{"rspo", "raw_advantage"}, {"late"}, {"later"}]
+    assert [{point.name for point in points} for points in waves] == [
+        {"rspo", "raw_advantage"},
+        {"late"},
+        {"later"},
+    ]
     late, later = waves[1][0], waves[2][0]
-    assert (study.NOTEBOOKS / later.given["trained"]).resolve() == late.path and later.needs == (late.path,)
+    assert (study.NOTEBOOKS / later.given["trained"]).resolve() == late.path and later.needs == (
+        late.path,
+    )
 
 
 def test_keys_do_not_depend_on_where_the_project_lies(tmp_path, monkeypatch):
@@ -236,13 +344,17 @@ def test_keys_do_not_depend_on_where_the_project_lies(tmp_path, monkeypatch):
     for place in ("a", "b/c"):
         shutil.copytree(study.NOTEBOOKS, tmp_path / place / "notebooks")
         monkeypatch.setattr(study, "NOTEBOOKS", tmp_path / place / "notebooks")
-        found = study.read_study(tmp_path / place / "notebooks/studies/study.yaml", tmp_path / place / "runs/study")
+        found = study.read_study(
+            tmp_path / place / "notebooks/studies/study.yaml", tmp_path / place / "runs/study"
+        )
         keys.append([point.path.name for point in found.points])
     assert keys[0] == keys[1] and len(keys[0]) == 4
 
 
 def test_one_measurement_of_two_policies_is_two(finished, tmp_path):
-    """They differ in nothing but the folder that they measured, as after a change of the run above; and in two sweeps of one root."""
+    """They differ in nothing but the folder that they measured, as after a change of the run above;
+    and in two sweeps of one root.
+    """
     late = finished[1][-1].path
     for folder, trained in (("s/m/a", "x"), ("s/m/b", "y"), ("r/m/a", "x")):
         (tmp_path / folder).mkdir(parents=True)
@@ -255,10 +367,14 @@ def test_one_measurement_of_two_policies_is_two(finished, tmp_path):
 
 
 def test_a_page_without_common_views_or_with_seeds_of_a_measurement(finished, tmp_path):
-    """Two seeds of one measurement, and one at other views: the page is written, with the tables and without that figure."""
+    """Two seeds of one measurement, and one at other views: the page is written, with the tables
+    and without that figure.
+    """
     late = finished[1][-1].path
     results = pd.read_parquet(late / "results.parquet")
-    for i, (name, seed, views) in enumerate((("m", 0, 2), ("m", 1, 2), ("m", 1, 2), ("n", 2, 4))):  # two measure other runs alike
+    for i, (name, seed, views) in enumerate(
+        (("m", 0, 2), ("m", 1, 2), ("m", 1, 2), ("n", 2, 4))
+    ):  # two measure other runs alike
         folder = tmp_path / f"{name}/{i}"
         folder.mkdir(parents=True)
         (folder / "params.json").write_text(json.dumps({"seed": seed, "trained": f"run {i}"}))
@@ -270,15 +386,24 @@ def test_a_page_without_common_views_or_with_seeds_of_a_measurement(finished, tm
     assert set(policies) == {*(f"m, seed = {min(i, 1)}, trained = run {i}" for i in range(3)), "n"}
 
 
-@pytest.mark.parametrize("change, said", [
-    (("title: A small study", ""), "a study is `title: text`"), (("grid: {", "gird: {"), "'rspo': it takes gpu, grid"),
-    (("02_train", "2_train"), "there is no notebook '2_train.ipynb'"), (("@rspo", "@rsop"), "'late': @rsop names no run above it"),
-    (("lam: 0.0", "lamm: 0.0"), "'raw_advantage': unknown parameter 'lamm'"), (("seed: [0, 1]", "seed: 0"), "grid: seed needs a list"),
-    (("minutes: {cpu: 1", "minutes: {tpu: 1"), "minutes are of cpu and gpu, not of 'tpu'"), (("gpu: {steps: 1}", "gpu: 1"), "gpu must be"),
-    (("minutes: {cpu: 1", "minutes: {cpu: one"), "a number from 0 on, not 'one'"), (("  late:", "  rspo:"), "rspo is there twice"),
-    (("[0, 1]", '["@late"]'), "only `parameters` can name a run"), (("lam: 0.0", "on: 0.0"), "True is no parameter's name"),
-    ((SHEET[SHEET.index("runs:") :], "runs: {}"), "with a name for every run"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (("title: A small study", ""), "a study is `title: text`"),
+        (("grid: {", "gird: {"), "'rspo': it takes gpu, grid"),
+        (("02_train", "2_train"), "there is no notebook '2_train.ipynb'"),
+        (("@rspo", "@rsop"), "'late': @rsop names no run above it"),
+        (("lam: 0.0", "lamm: 0.0"), "'raw_advantage': unknown parameter 'lamm'"),
+        (("seed: [0, 1]", "seed: 0"), "grid: seed needs a list"),
+        (("minutes: {cpu: 1", "minutes: {tpu: 1"), "minutes are of cpu and gpu, not of 'tpu'"),
+        (("gpu: {steps: 1}", "gpu: 1"), "gpu must be"),
+        (("minutes: {cpu: 1", "minutes: {cpu: one"), "a number from 0 on, not 'one'"),
+        (("  late:", "  rspo:"), "rspo is there twice"),
+        (("[0, 1]", '["@late"]'), "only `parameters` can name a run"),
+        (("lam: 0.0", "on: 0.0"), "True is no parameter's name"),
+        ((SHEET[SHEET.index("runs:") :], "runs: {}"), "with a name for every run"),
+    ],
+)
 def test_a_bad_study_file_is_refused_before_anything_runs(change, said, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text(SHEET.replace(*change, 1))
     assert main(["sweep", str(tmp_path / "bad.yaml"), "--runs", str(tmp_path / "runs")]) == 2
@@ -287,23 +412,46 @@ def test_a_bad_study_file_is_refused_before_anything_runs(change, said, tmp_path
 
 def test_second_call_skips_and_says_so(finished, capsys):
     root, points = finished
-    assert main(["sweep", str(root.parent / "small.yaml"), "--runs", str(root.parent), "--cluster", "debug"]) == 0
-    assert f"{len(points)} points in {root}: {len(points)} done, 0 to run" in capsys.readouterr().out
+    assert (
+        main(
+            [
+                "sweep",
+                str(root.parent / "small.yaml"),
+                "--runs",
+                str(root.parent),
+                "--cluster",
+                "debug",
+            ]
+        )
+        == 0
+    )
+    assert (
+        f"{len(points)} points in {root}: {len(points)} done, 0 to run" in capsys.readouterr().out
+    )
 
 
 def test_a_report_tells_of_a_sweep_that_is_under_way(finished, tmp_path):
-    """Of three points one is done, one died and one has not begun: all are listed, with the parameter that differs."""
+    """Of three points one is done, one died and one has not begun: all are listed, with the
+    parameter that differs.
+    """
     done = finished[1][0].path
     params = read_json(done / "params.json")
-    listed = [{"name": "rspo", "key": key, "params": params | {"lr": lr}} for key, lr in (("a", 0.1), ("b", 0.2), ("c", 0.3))]
+    listed = [
+        {"name": "rspo", "key": key, "params": params | {"lr": lr}}
+        for key, lr in (("a", 0.1), ("b", 0.2), ("c", 0.3))
+    ]
     (tmp_path / "sweep.json").write_text(json.dumps({"title": "Rates & more", "points": listed}))
     (tmp_path / "rspo").mkdir()
     shutil.copytree(done, tmp_path / "rspo/a")
     (tmp_path / "rspo/b").mkdir()
     (tmp_path / "rspo/b/params.json").write_text(json.dumps(listed[1]["params"]))
-    (tmp_path / "rspo/b/status.json").write_text('{"state": "running", "progress": {"done": 1, "total": 2, "note": "reward <b>"}}')
+    (tmp_path / "rspo/b/status.json").write_text(
+        '{"state": "running", "progress": {"done": 1, "total": 2, "note": "reward <b>"}}'
+    )
     text = report.report(tmp_path).read_text()
-    assert "<h1>Rates &amp; more</h1>" in text and text.index("Not done") < text.index("What was run")
+    assert "<h1>Rates &amp; more</h1>" in text and text.index("Not done") < text.index(
+        "What was run"
+    )
     rows = re.findall(r"<td>(done|dead|waiting)</td>", text)
     assert rows == ["done", "dead", "waiting"] and "<td>0.3</td>" in text and "<th>lr</th>" in text
 

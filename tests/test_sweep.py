@@ -1,4 +1,6 @@
-"""Sweeps: grids, slots, order, resuming after SIGKILL, Slurm by its commands; the report lists every point."""
+"""Sweeps: grids, slots, order, resuming after SIGKILL, Slurm by its commands; the report lists
+every point.
+"""
 
 import json
 import os
@@ -12,14 +14,14 @@ import pandas as pd
 import pytest
 from throwaway import make
 
-from rspo_lab.sweeps import sweep as module
-from rspo_lab.sweeps.progress import Board
 from rspo_lab.cli import main
 from rspo_lab.runs.files import read_json, write_json
 from rspo_lab.runs.interrupts import children
-from rspo_lab.sweeps.jobs import Here, NotebookJob
 from rspo_lab.runs.parameters import ParameterError
 from rspo_lab.runs.run import claim, load_runs, release
+from rspo_lab.sweeps import sweep as module
+from rspo_lab.sweeps.jobs import Here, NotebookJob
+from rspo_lab.sweeps.progress import Board
 from rspo_lab.sweeps.study import Point, Study, grid_study, grid_values
 from rspo_lab.sweeps.sweep import resources, summary, sweep
 
@@ -34,7 +36,9 @@ for i in range(at, steps):
     file.write_text(str(i + 1)); run.progress(i + 1, steps)
 assert lam < 100, "lam is too large"
 run.results(pd.DataFrame({"loss": [lam * steps]}))"""
-PARAMETERS = "steps: int = 2\nlam: float = 0.1\npace: float = 0.0\nseed: int = 0\ndesign: str = 'count'"
+PARAMETERS = (
+    "steps: int = 2\nlam: float = 0.1\npace: float = 0.0\nseed: int = 0\ndesign: str = 'count'"
+)
 
 
 @pytest.fixture
@@ -52,10 +56,15 @@ def starts(point: Path) -> list[list[str]]:
 def test_values_of_a_grid_are_typed_and_parted_outside_brackets(notebook):
     found = grid_values(notebook, ["lam=0,1e-1, 3", "design=count,bsc(0.5, 0.5)"])
     assert found == {"lam": [0.0, 0.1, 3.0], "design": ["count", "bsc(0.5, 0.5)"]}
-    assert grid_values(notebook, ["design='a, b',\"c\",don't,won't"]) == {"design": ["a, b", "c", "don't", "won't"]}
+    assert grid_values(notebook, ["design='a, b',\"c\",don't,won't"]) == {
+        "design": ["a, b", "c", "don't", "won't"]
+    }
     for words, said in (
-        (["lam"], "NAME=VALUE,VALUE"), (["lamm=1"], "did you mean 'lam'"), (["lam=1", "lam=2"], "twice"), (["steps=a"], "expected int"),
-    ):  # fmt: skip
+        (["lam"], "NAME=VALUE,VALUE"),
+        (["lamm=1"], "did you mean 'lam'"),
+        (["lam=1", "lam=2"], "twice"),
+        (["steps=a"], "expected int"),
+    ):
         with pytest.raises(ParameterError, match=said):
             grid_values(notebook, words)
     with pytest.raises(ParameterError, match="lam is given and in the grid"):
@@ -67,25 +76,65 @@ def test_equal_points_are_run_once(notebook, tmp_path):
 
 
 def test_cost_of_waves_on_slots(tmp_path):
-    """Three points of 4, 2 and 2 minutes on two slots take 4 on the clock; a second wave of one adds its own."""
+    """Three points of 4, 2 and 2 minutes on two slots take 4 on the clock; a second wave of one
+    adds its own.
+    """
     kinds = [(0, 4), (0, 2), (0, 2), (1, 3)]
-    points = [Point(str(i), tmp_path, {}, tmp_path / str(i), wave=w, minutes=m) for i, (w, m) in enumerate(kinds)]
+    points = [
+        Point(str(i), tmp_path, {}, tmp_path / str(i), wave=w, minutes=m)
+        for i, (w, m) in enumerate(kinds)
+    ]
     study = Study("t", points)
-    assert study.cost(2, points) == (11, 7) and study.cost(1, points) == (11, 11) and study.cost(2, points[1:]) == (7, 5)
-    assert Study("t", [*points, Point("x", tmp_path, {}, tmp_path)]).cost(2, [Point("x", tmp_path, {}, tmp_path)]) is None
+    assert (
+        study.cost(2, points) == (11, 7)
+        and study.cost(1, points) == (11, 11)
+        and study.cost(2, points[1:]) == (7, 5)
+    )
+    assert (
+        Study("t", [*points, Point("x", tmp_path, {}, tmp_path)]).cost(
+            2, [Point("x", tmp_path, {}, tmp_path)]
+        )
+        is None
+    )
 
 
-def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(notebook, tmp_path, capfd):
-    """12 points on 2 slots; the first kernel that gets going and then the sweep itself are killed; the second call ends the rest."""
-    words = ["sweep", str(notebook), "--grid", "lam=1,2,3,4", "seed=0,1,2", "-p", "pace", "0.15", "-p", "steps", "8", "--jobs", "2"]
+def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(
+    notebook, tmp_path, capfd
+):
+    """12 points on 2 slots; the first kernel that gets going and then the sweep itself are killed;
+    the second call ends the rest.
+    """
+    words = [
+        "sweep",
+        str(notebook),
+        "--grid",
+        "lam=1,2,3,4",
+        "seed=0,1,2",
+        "-p",
+        "pace",
+        "0.15",
+        "-p",
+        "steps",
+        "8",
+        "--jobs",
+        "2",
+    ]
     root = tmp_path / "runs/demo_sweep"
     first = subprocess.Popen([sys.executable, "-m", "rspo_lab.cli", *words], start_new_session=True)
     try:
         deadline, killed = time.monotonic() + 120, None
         while time.monotonic() < deadline:
             time.sleep(0.1)
-            going = [file.parent for file in root.rglob("at.json") if read_json(file.parent / "status.json").get("state") == "running"]
-            if killed is None and going and json.loads((going[0] / "at.json").read_text() or "0") >= 2:
+            going = [
+                file.parent
+                for file in root.rglob("at.json")
+                if read_json(file.parent / "status.json").get("state") == "running"
+            ]
+            if (
+                killed is None
+                and going
+                and json.loads((going[0] / "at.json").read_text() or "0") >= 2
+            ):
                 killed = going[0]
                 os.kill(int(starts(killed)[0][0]), signal.SIGKILL)
             states = [read_json(file).get("state") for file in root.rglob("status.json")]
@@ -93,20 +142,33 @@ def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(no
                 break
         assert killed and time.monotonic() < deadline
     finally:
-        os.killpg(first.pid, signal.SIGKILL)  # and with it the jobs' processes; their kernels see that and end
+        os.killpg(
+            first.pid, signal.SIGKILL
+        )  # and with it the jobs' processes; their kernels see that and end
         first.wait()
-    done = {path for path in root.glob("demo/*") if read_json(path / "status.json").get("state") == "done"}
+    done = {
+        path
+        for path in root.glob("demo/*")
+        if read_json(path / "status.json").get("state") == "done"
+    }
     assert killed not in done and 3 <= len(done) < 12
     assert main(words) == 0
     said = capfd.readouterr().out
-    assert f"12 points in {root}: {len(done)} done, {12 - len(done)} to run" in said and said.rstrip().endswith("12 points: 12 done")
+    assert (
+        f"12 points in {root}: {len(done)} done, {12 - len(done)} to run" in said
+        and said.rstrip().endswith("12 points: 12 done")
+    )
     points = set(root.glob("demo/*"))
     assert len(points) == 12 and all(len(starts(path)) == 1 for path in done)
     assert len(starts(killed)) == 2 and int(starts(killed)[1][1]) >= 2  # went on from where it was
     page = (root / "index.html").read_text()
     assert all(path.name in page for path in points)
     results = pd.read_parquet(root / "results.parquet")
-    assert len(results) == 12 and sorted(results["lam"].unique()) == [1, 2, 3, 4] and set(results["name"]) == {"demo"}
+    assert (
+        len(results) == 12
+        and sorted(results["lam"].unique()) == [1, 2, 3, 4]
+        and set(results["name"]) == {"demo"}
+    )
     assert (results["loss"] == 8 * results["lam"]).all()
     assert main(words) == 0 and "12 done, 0 to run" in capfd.readouterr().out
 
@@ -122,10 +184,17 @@ def test_a_failed_point_is_told_first_and_fails_the_sweep(notebook, tmp_path, ca
 
 def test_a_point_waits_for_what_it_needs_and_is_left_if_that_fails(notebook, tmp_path):
     base = grid_study(notebook, {}, {"lam": [0.5, 200.0]}, tmp_path).points
-    late = [grid_study(notebook, {"seed": 7 + i}, {"steps": [1]}, tmp_path).points[0] for i in (0, 1)]
-    late = [Point("demo", notebook, point.given, point.path, needs=(base[i].path,), wave=1) for i, point in enumerate(late)]
+    late = [
+        grid_study(notebook, {"seed": 7 + i}, {"steps": [1]}, tmp_path).points[0] for i in (0, 1)
+    ]
+    late = [
+        Point("demo", notebook, point.given, point.path, needs=(base[i].path,), wave=1)
+        for i, point in enumerate(late)
+    ]
     lines = []
-    states = sweep(Study("t", [*base, *late]), tmp_path, resources("local", jobs=2), said=lines.append)
+    states = sweep(
+        Study("t", [*base, *late]), tmp_path, resources("local", jobs=2), said=lines.append
+    )
     assert [states[point.path] for point in (*base, *late)] == ["done", "failed", "done", "waiting"]
     assert any("needs demo, which is not done" in line for line in lines)
     assert summary(states) == "4 points: 2 done, 1 failed, 1 waiting"
@@ -142,7 +211,9 @@ def test_a_slot_a_gpu(notebook, tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     other = grid_study(notebook, {}, {"lam": [3.0]}, tmp_path)
     sweep(other, tmp_path, resources("local", jobs=1), said=lambda line: None)
-    assert starts(other.points[0].path)[0][2:] == ["1"]  # CUDA_VISIBLE_DEVICES is empty: no GPU by accident
+    assert starts(other.points[0].path)[0][2:] == [
+        "1"
+    ]  # CUDA_VISIBLE_DEVICES is empty: no GPU by accident
 
 
 def test_what_another_process_runs_is_waited_for(notebook, tmp_path):
@@ -167,12 +238,20 @@ def read_params(study: Study) -> dict:
     return complete(declared(study.points[0].notebook), study.points[0].given)
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--jobs", "0"], "at least 1"), (["--jobs", "2", "--gpus", "1"], "give one of them"), (["--cluster", "moon"], "local, slurm, debug"),
-    (["--slurm", "qos=low"], "goes with --cluster slurm"), (["--timeout", "0"], "more than 0 minutes"), (["--gpus", "99"], "--gpus 99"),
-    (["--gpus", "0"], "at least 1"),
-    (["--name", "a/b"], "one folder name"), (["--cluster", "slurm", "--slurm", "--qos=1"], "expected at least one argument"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--jobs", "0"], "at least 1"),
+        (["--jobs", "2", "--gpus", "1"], "give one of them"),
+        (["--cluster", "moon"], "local, slurm, debug"),
+        (["--slurm", "qos=low"], "goes with --cluster slurm"),
+        (["--timeout", "0"], "more than 0 minutes"),
+        (["--gpus", "99"], "--gpus 99"),
+        (["--gpus", "0"], "at least 1"),
+        (["--name", "a/b"], "one folder name"),
+        (["--cluster", "slurm", "--slurm", "--qos=1"], "expected at least one argument"),
+    ],
+)
 def test_bad_options_are_refused_before_anything_runs(notebook, tmp_path, capsys, words, said):
     assert main(["sweep", str(notebook), "--grid", "lam=1", *words]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "runs").exists()
@@ -180,12 +259,27 @@ def test_bad_options_are_refused_before_anything_runs(notebook, tmp_path, capsys
 
 def test_what_to_sweep_is_checked(notebook, tmp_path, capsys):
     assert main(["sweep", str(notebook)]) == 2 and "which points?" in capsys.readouterr().err
-    assert main(["sweep", str(tmp_path / "no.yaml")]) == 2 and "there is no file" in capsys.readouterr().err
+    assert (
+        main(["sweep", str(tmp_path / "no.yaml")]) == 2
+        and "there is no file" in capsys.readouterr().err
+    )
     (tmp_path / "a.yaml").write_text("title: [")
-    assert main(["sweep", str(tmp_path / "a.yaml")]) == 2 and "is not a study in YAML" in capsys.readouterr().err
-    assert main(["sweep", str(tmp_path / "a.yaml"), "--grid", "lam=1"]) == 2 and "write them in the file" in capsys.readouterr().err
-    assert main(["report", str(tmp_path / "none")]) == 2 and "no folder of runs" in capsys.readouterr().err
-    assert main(["report", str(tmp_path / "notebooks")]) == 2 and "there are no runs" in capsys.readouterr().err
+    assert (
+        main(["sweep", str(tmp_path / "a.yaml")]) == 2
+        and "is not a study in YAML" in capsys.readouterr().err
+    )
+    assert (
+        main(["sweep", str(tmp_path / "a.yaml"), "--grid", "lam=1"]) == 2
+        and "write them in the file" in capsys.readouterr().err
+    )
+    assert (
+        main(["report", str(tmp_path / "none")]) == 2
+        and "no folder of runs" in capsys.readouterr().err
+    )
+    assert (
+        main(["report", str(tmp_path / "notebooks")]) == 2
+        and "there are no runs" in capsys.readouterr().err
+    )
 
 
 def test_slurm_shows_a_gpu_only_where_one_was_asked_for():
@@ -195,15 +289,26 @@ def test_slurm_shows_a_gpu_only_where_one_was_asked_for():
 
 
 def test_a_gpu_scale_without_gpus_is_refused(tmp_path, capsys):
-    (tmp_path / "a.yaml").write_text("title: t\nruns: {a: {notebook: 02_train.ipynb, gpu: {steps: 1}}}")
-    assert main(["sweep", str(tmp_path / "a.yaml"), "--scale", "gpu", "--runs", str(tmp_path / "runs")]) == 2
+    (tmp_path / "a.yaml").write_text(
+        "title: t\nruns: {a: {notebook: 02_train.ipynb, gpu: {steps: 1}}}"
+    )
+    assert (
+        main(
+            ["sweep", str(tmp_path / "a.yaml"), "--scale", "gpu", "--runs", str(tmp_path / "runs")]
+        )
+        == 2
+    )
     assert "--gpus N" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_dry_run_lists_and_runs_nothing(notebook, tmp_path, capsys):
     assert main(["sweep", str(notebook), "--grid", "lam=1,2", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "demo lam=1.0: waiting" in said and "2 points in" in said and "estimated cost: unknown" in said
+    assert (
+        "demo lam=1.0: waiting" in said
+        and "2 points in" in said
+        and "estimated cost: unknown" in said
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -229,16 +334,24 @@ def ending(how):
     return lambda study, left, root, on, board: how(board, left[0])
 
 
-def test_sigterm_ends_a_sweep_as_ctrl_c_does_and_trouble_with_slurm_is_one_line(notebook, monkeypatch, capsys):
+def test_sigterm_ends_a_sweep_as_ctrl_c_does_and_trouble_with_slurm_is_one_line(
+    notebook, monkeypatch, capsys
+):
     words = ["sweep", str(notebook), "--grid", "lam=1"]
-    monkeypatch.setattr(module, "_local", ending(lambda board, point: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))))
+    monkeypatch.setattr(
+        module,
+        "_local",
+        ending(lambda board, point: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))),
+    )
     assert main(words) == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
     def refused(board, point):
         raise RuntimeError("sbatch: error: invalid partition")
 
     monkeypatch.setattr(module, "_local", ending(refused))
-    assert main(words) == 1 and capsys.readouterr().err.endswith("rspo-lab: sbatch: error: invalid partition\n")
+    assert main(words) == 1 and capsys.readouterr().err.endswith(
+        "rspo-lab: sbatch: error: invalid partition\n"
+    )
     with pytest.raises(KeyboardInterrupt):  # in this process the interrupt is of all points
         ended(130)
 
@@ -252,14 +365,22 @@ def test_processes_of_jobs_hear_sigint_and_keep_the_terminal_clean(tmp_path, cap
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
-    assert "KeyboardInterrupt" in (tmp_path / "jobs/log").read_text() and capfd.readouterr().err == ""
+    assert (
+        "KeyboardInterrupt" in (tmp_path / "jobs/log").read_text() and capfd.readouterr().err == ""
+    )
 
 
 def test_the_page_says_why_a_point_failed_that_left_no_folder(notebook, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_local", ending(lambda board, point: board.note(point, "failed", "lam must be less")))
+    monkeypatch.setattr(
+        module,
+        "_local",
+        ending(lambda board, point: board.note(point, "failed", "lam must be less")),
+    )
     assert main(["sweep", str(notebook), "--grid", "lam=1,2"]) == 1
     page = (tmp_path / "runs/demo_sweep/index.html").read_text()
-    assert "2 runs: 1 failed, 1 waiting" in page and page.index("lam must be less") < page.index("What was run")
+    assert "2 runs: 1 failed, 1 waiting" in page and page.index("lam must be less") < page.index(
+        "What was run"
+    )
 
 
 def test_a_point_that_another_sweep_ended_is_done(tmp_path):
@@ -274,7 +395,9 @@ def test_a_point_that_another_sweep_ended_is_done(tmp_path):
 def test_a_finished_study_costs_nothing(tmp_path):
     point = Point("a", tmp_path, {}, tmp_path)
     write_json(tmp_path / "status.json", {"state": "done"})
-    assert module.plan(Study("t", [point]), tmp_path, resources("local", jobs=1)).endswith("nothing to pay")
+    assert module.plan(Study("t", [point]), tmp_path, resources("local", jobs=1)).endswith(
+        "nothing to pay"
+    )
 
 
 SQUEUE = """#!/bin/sh
@@ -294,7 +417,9 @@ echo "Submitted batch job $n"
 
 
 def test_slurm_arrays_are_submitted_in_order_and_not_twice(notebook, tmp_path, monkeypatch):
-    """The commands stand in for Slurm (`make test-slurm` has a real one): options, dependency, and no second submission."""
+    """The commands stand in for Slurm (`make test-slurm` has a real one): options, dependency, and
+    no second submission.
+    """
     bin_, control = tmp_path / "bin", tmp_path / "control"
     for folder in (bin_, control):
         folder.mkdir()
@@ -307,23 +432,40 @@ def test_slurm_arrays_are_submitted_in_order_and_not_twice(notebook, tmp_path, m
     late = grid_study(notebook, {"seed": 5}, {"lam": [3.0]}, tmp_path / "s").points[0]
     late = Point(late.name, notebook, late.given, late.path, needs=(base[0].path,), wave=1)
     study, lines = Study("t", [*base, late]), []
-    on = resources("slurm", gpus=2, timeout_min=30.0, slurm=("partition=long", "exclusive", "mem-per-gpu=80G"))
+    on = resources(
+        "slurm", gpus=2, timeout_min=30.0, slurm=("partition=long", "exclusive", "mem-per-gpu=80G")
+    )
     states = sweep(study, tmp_path / "s", on, said=lines.append)
-    assert set(states.values()) == {"dead"} and any("Slurm job 41_0 is over and the run is not" in line for line in lines)
+    assert set(states.values()) == {"dead"} and any(
+        "Slurm job 41_0 is over and the run is not" in line for line in lines
+    )
     first, second = ((control / f"script-{n}").read_text() for n in (41, 42))
-    for option in ("array=0-1%2", "partition=long", "exclusive", "mem-per-gpu=80G", "gpus-per-node=1", "time=30", "requeue"):
+    for option in (
+        "array=0-1%2",
+        "partition=long",
+        "exclusive",
+        "mem-per-gpu=80G",
+        "gpus-per-node=1",
+        "time=30",
+        "requeue",
+    ):
         assert f"#SBATCH --{option}\n" in first, option
     assert "dependency=afterany:41" in second and "dependency" not in first
     (control / "ticks").write_text("0")  # they are in the queue again: a second call looks on
     assert read_json(tmp_path / "s/jobs.json") and not (control / "script-43").exists()
     sweep(study, tmp_path / "s", on, said=lines.append)
     assert not (control / "script-43").exists()
-    sweep(study, tmp_path / "s", on, said=lines.append)  # now they are gone and not done: submitted anew
+    sweep(
+        study, tmp_path / "s", on, said=lines.append
+    )  # now they are gone and not done: submitted anew
     assert (control / "script-43").exists()
 
 
 def test_the_board_redraws_in_place_on_a_terminal(tmp_path, monkeypatch, capsys):
-    points = [Point("a", tmp_path, {"lam": 1.0}, tmp_path / "1"), Point("a", tmp_path, {"lam": 2.0}, tmp_path / "2")]
+    points = [
+        Point("a", tmp_path, {"lam": 1.0}, tmp_path / "1"),
+        Point("a", tmp_path, {"lam": 2.0}, tmp_path / "2"),
+    ]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     board = Board(points, print)
     board.note(points[0], "running", "")
@@ -331,7 +473,12 @@ def test_the_board_redraws_in_place_on_a_terminal(tmp_path, monkeypatch, capsys)
     board.note(points[0], "failed", "no memory")
     board.close()
     said = capsys.readouterr().out
-    assert "a lam=1.0  running" in said and "\x1b[3F" in said and "failed   no memory" in said and "1 failed, 1 waiting" in said
+    assert (
+        "a lam=1.0  running" in said
+        and "\x1b[3F" in said
+        and "failed   no memory" in said
+        and "1 failed, 1 waiting" in said
+    )
 
 
 def test_the_board_fits_a_narrow_terminal(tmp_path, monkeypatch, capsys):
@@ -342,7 +489,11 @@ def test_the_board_fits_a_narrow_terminal(tmp_path, monkeypatch, capsys):
     board.note(points[0], "failed", "no\nmemory")
     board.show()
     lines = capsys.readouterr().out.split("\n")
-    assert len(lines) == 4 and all(len(line.removeprefix("\x1b[2K")) < 24 for line in lines) and "failed" in lines[0]
+    assert (
+        len(lines) == 4
+        and all(len(line.removeprefix("\x1b[2K")) < 24 for line in lines)
+        and "failed" in lines[0]
+    )
     measured = [Point("m", tmp_path, {"trained": name}, tmp_path / name) for name in "xy"]
     assert Board(measured, print).label(measured[1]) == "m trained=y"
 

@@ -1,4 +1,6 @@
-"""The tracker: off without its variable, one run by the folder's name with it (trackio's interface, as accelerate calls it)."""
+"""The tracker: off without its variable, one run by the folder's name with it (trackio's interface,
+as accelerate calls it).
+"""
 
 import sys
 import types
@@ -22,7 +24,7 @@ def test_records_go_to_the_named_project(tmp_path, monkeypatch):
     calls = []
     run = types.SimpleNamespace(
         log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
-    )  # fmt: skip
+    )
 
     def init(project, **options):
         calls.append((project, options["name"], options["resume"], options["config"]["task"]))
@@ -42,5 +44,8 @@ def test_records_go_to_the_named_project(tmp_path, monkeypatch):
 def test_a_missing_tracker_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "mine")
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(RuntimeError, match=r"pip install -e .\[track\]"), tracking(CONFIG, tmp_path):
+    with (
+        pytest.raises(RuntimeError, match=r"pip install -e .\[track\]"),
+        tracking(CONFIG, tmp_path),
+    ):
         pass

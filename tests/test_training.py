@@ -1,4 +1,6 @@
-"""Training: slices do not matter, kills do not matter, bad input and divergence say so, every field is read."""
+"""Training: slices do not matter, kills do not matter, bad input and divergence say so, every field
+is read.
+"""
 
 import dataclasses
 import json
@@ -15,7 +17,8 @@ import pytest
 import torch
 
 from rspo_lab import config as config_module
-from rspo_lab import training, update as scores
+from rspo_lab import training
+from rspo_lab import update as scores
 from rspo_lab.batch import Batch
 from rspo_lab.checkpoints import trained_run
 from rspo_lab.config import TrainConfig
@@ -23,9 +26,9 @@ from rspo_lab.estimators import elbo_draws
 from rspo_lab.masks.designs import count
 from rspo_lab.models.diffusion_lm import load, reference_of
 from rspo_lab.objectives import RECIPES, rspo
-from rspo_lab.update import accumulate_gradient
 from rspo_lab.tasks import sudoku
 from rspo_lab.training import Diverged, Preempted, held_still, train
+from rspo_lab.update import accumulate_gradient
 
 
 class Folder:
@@ -41,12 +44,25 @@ class Folder:
 
 @pytest.fixture(scope="module")
 def base():
-    """A model that solves some problems, so that there are advantages, gradients and weights that move."""
+    """A model that solves some problems, so that there are advantages, gradients and weights that
+    move.
+    """
     return "base-sudoku"
 
 
 def config(base, **changes):
-    small = dict(model=base, task="sudoku", steps=4, prompts=4, group=4, views=2, eval_every=2, eval_problems=4, warmup=0, threshold=0.9)
+    small = dict(
+        model=base,
+        task="sudoku",
+        steps=4,
+        prompts=4,
+        group=4,
+        views=2,
+        eval_every=2,
+        eval_problems=4,
+        warmup=0,
+        threshold=0.9,
+    )
     return TrainConfig(**small | {"checkpoint_every": 1, "snapshots": 2, "device": "cpu"} | changes)
 
 
@@ -56,7 +72,9 @@ def scored_batch(model):
     return Batch(prompt, prompt_valid, completion, torch.ones_like(completion, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("residual, scope", [("shared", "batch"), ("leave_one_out", "group"), ("shared", "none")])
+@pytest.mark.parametrize(
+    "residual, scope", [("shared", "batch"), ("leave_one_out", "group"), ("shared", "none")]
+)
 def test_slices_change_neither_loss_nor_gradient(base, residual, scope):
     """One graph of everything against four slices without it, in float64."""
     model = load(base).double()
@@ -68,14 +86,25 @@ def test_slices_change_neither_loss_nor_gradient(base, residual, scope):
     for slice_size in (12, 3, 5):
         model.zero_grad()
         loss, draws = accumulate_gradient(
-            model, batch, masks, lambda s: rspo(s, advantage, lam=0.3, scope=ids, residual=residual), slice_size
+            model,
+            batch,
+            masks,
+            lambda s: rspo(s, advantage, lam=0.3, scope=ids, residual=residual),
+            slice_size,
         )
-        results.append((loss.value, draws, torch.cat([p.grad.flatten() for p in model.parameters()])))
+        results.append(
+            (loss.value, draws, torch.cat([p.grad.flatten() for p in model.parameters()]))
+        )
     direct = torch.autograd.grad(
-        rspo(elbo_draws(model, batch, masks), advantage, lam=0.3, scope=ids, residual=residual).value, list(model.parameters())
+        rspo(
+            elbo_draws(model, batch, masks), advantage, lam=0.3, scope=ids, residual=residual
+        ).value,
+        list(model.parameters()),
     )
     for value, draws, gradient in results:
-        assert abs(value - results[0][0]) < 1e-10 and torch.allclose(draws, results[0][1], atol=1e-10)
+        assert abs(value - results[0][0]) < 1e-10 and torch.allclose(
+            draws, results[0][1], atol=1e-10
+        )
         assert torch.allclose(gradient, torch.cat([g.flatten() for g in direct]), atol=1e-10)
     assert direct[0].abs().max() > 1e-4
 
@@ -83,13 +112,22 @@ def test_slices_change_neither_loss_nor_gradient(base, residual, scope):
 def test_same_seed_same_bits_and_other_slices_nearly(base, tmp_path):
     first = train(config(base), Folder(tmp_path / "a"))
     again = train(config(base), Folder(tmp_path / "b"))
-    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (
+        tmp_path / "b/metrics.jsonl"
+    ).read_bytes()
     assert weights(tmp_path / "a") == weights(tmp_path / "b") and first == again
     sliced = train(config(base, slice_size=3), Folder(tmp_path / "c"))
     for step in (1, 2):
-        assert sliced[step]["gradient_norm"] == pytest.approx(first[step]["gradient_norm"], rel=1e-3)
-    assert sliced[2]["d_sd"] == pytest.approx(first[2]["d_sd"], rel=1e-2) and first[2]["d_sd"] > 0 < first[1]["gradient_norm"]
-    assert [first[step]["lr"] for step in (1, 4)] == pytest.approx([3e-4 * (0.1 + 0.45 * (1 + math.cos(math.pi * s))) for s in (0.25, 1)])
+        assert sliced[step]["gradient_norm"] == pytest.approx(
+            first[step]["gradient_norm"], rel=1e-3
+        )
+    assert (
+        sliced[2]["d_sd"] == pytest.approx(first[2]["d_sd"], rel=1e-2)
+        and first[2]["d_sd"] > 0 < first[1]["gradient_norm"]
+    )
+    assert [first[step]["lr"] for step in (1, 4)] == pytest.approx(
+        [3e-4 * (0.1 + 0.45 * (1 + math.cos(math.pi * s))) for s in (0.25, 1)]
+    )
     assert [r["step"] for r in first] == [0, 1, 2, 3, 4] and {"eval_solve_rate"} <= set(first[2])
 
 
@@ -97,7 +135,12 @@ def weights(folder):
     return (folder / "snapshots/000004/model.safetensors").read_bytes()
 
 
-AUTO = {"design": "auto", "old_views": 2, "allocate": True, "eval_every": 5}  # what a resumed run must know of its past
+AUTO = {
+    "design": "auto",
+    "old_views": 2,
+    "allocate": True,
+    "eval_every": 5,
+}  # what a resumed run must know of its past
 KILLED = """
 import sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
@@ -109,7 +152,11 @@ train(config({base!r}, **AUTO, steps=40, snapshots=1, checkpoint_every=4), Folde
 
 def test_sigkill_and_resume_is_bitwise(base, tmp_path):
     """Killed twice in mid-training, the run ends in the same bytes as an undisturbed one."""
-    script = [sys.executable, "-c", KILLED.format(tests=str(Path(__file__).parent), base=base, folder=str(tmp_path / "killed"))]
+    script = [
+        sys.executable,
+        "-c",
+        KILLED.format(tests=str(Path(__file__).parent), base=base, folder=str(tmp_path / "killed")),
+    ]
     metrics = tmp_path / "killed/metrics.jsonl"
     for steps in (6, 17):
         process = subprocess.Popen(script, stderr=subprocess.DEVNULL)
@@ -127,9 +174,18 @@ def test_sigkill_and_resume_is_bitwise(base, tmp_path):
     train(undisturbed, resumed)
     assert 1 < resumed.seen[0] <= 40
     train(undisturbed, Folder(tmp_path / "whole"))
-    for name in ("metrics.jsonl", "sequences.jsonl", "profile.jsonl", "snapshots/000040/model.safetensors"):
+    for name in (
+        "metrics.jsonl",
+        "sequences.jsonl",
+        "profile.jsonl",
+        "snapshots/000040/model.safetensors",
+    ):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    moved = [r for r in map(json.loads, (tmp_path / "whole/metrics.jsonl").read_text().splitlines()) if r.get("gradient_norm")]
+    moved = [
+        r
+        for r in map(json.loads, (tmp_path / "whole/metrics.jsonl").read_text().splitlines())
+        if r.get("gradient_norm")
+    ]
     assert len(moved) > 20  # a run that learned nothing would prove nothing
 
 
@@ -152,7 +208,9 @@ def test_signal_saves_and_says_so(base, tmp_path):
     with pytest.raises(Preempted, match="SIGTERM after step 2.*run again"):
         train(config(base, checkpoint_every=100), run, on_step=send)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert [r["step"] for r in train(config(base, checkpoint_every=100), Folder(tmp_path / "run"))] == [0, 1, 2, 3, 4]
+    assert [
+        r["step"] for r in train(config(base, checkpoint_every=100), Folder(tmp_path / "run"))
+    ] == [0, 1, 2, 3, 4]
 
 
 def test_another_config_is_refused(base, tmp_path):
@@ -167,7 +225,11 @@ def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_p
 
     def poisoned(config, score, reference, advantage):
         loss = recipe(config, score, reference, advantage)
-        return dataclasses.replace(loss, value=loss.value * float("nan")) if run.seen[-1:] == [2] else loss
+        return (
+            dataclasses.replace(loss, value=loss.value * float("nan"))
+            if run.seen[-1:] == [2]
+            else loss
+        )
 
     monkeypatch.setitem(RECIPES, "rspo", poisoned)
     run = Folder(tmp_path / "run")
@@ -176,28 +238,51 @@ def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_p
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2
 
 
-@pytest.mark.parametrize("changes", [
-    dict(lam=0.0), dict(objective="reinforce_elbo"), dict(use_reference=False), dict(scope="none"), dict(scope="group"),
-    dict(residual="leave_one_out"), dict(score_unit="token"), dict(zero_variance="skip"), dict(inner_steps=2), dict(design="coupled"),
-    dict(design="bsc(1, 0.5)", inner_steps=2, old_views=4), dict(design="auto", eval_every=1), dict(common_masks=True),
-    dict(design="bsc", inner_steps=2, old_views=2, allocate=True),
-    dict(lora="all-linear", lora_rank=2), dict(advantage="leave_one_out"), dict(decode_steps=4, block=4), dict(threshold=0.1),
-    dict(cache="dual", block=4, threshold=1.0), dict(attention="eager"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(lam=0.0),
+        dict(objective="reinforce_elbo"),
+        dict(use_reference=False),
+        dict(scope="none"),
+        dict(scope="group"),
+        dict(residual="leave_one_out"),
+        dict(score_unit="token"),
+        dict(zero_variance="skip"),
+        dict(inner_steps=2),
+        dict(design="coupled"),
+        dict(design="bsc(1, 0.5)", inner_steps=2, old_views=4),
+        dict(design="auto", eval_every=1),
+        dict(common_masks=True),
+        dict(design="bsc", inner_steps=2, old_views=2, allocate=True),
+        dict(lora="all-linear", lora_rank=2),
+        dict(advantage="leave_one_out"),
+        dict(decode_steps=4, block=4),
+        dict(threshold=0.1),
+        dict(cache="dual", block=4, threshold=1.0),
+        dict(attention="eager"),
+    ],
+)
 def test_every_option_trains(base, tmp_path, changes):
     history = train(config(base, steps=2, **changes), Folder(tmp_path / "run"))
     assert len(history) == 3 and all(history[2][k] is not None for k in ("loss", "reward", "lr"))
 
 
 def test_two_level_d_before_the_first_update_is_that_of_the_many_masks(base, tmp_path):
-    """At step 1 policy, rollout policy and reference are one, so d is 0; later the noise of d is not logged."""
+    """At step 1 policy, rollout policy and reference are one, so d is 0; later the noise of d is
+    not logged.
+    """
     records = train(config(base, steps=2, old_views=16, views=4), Folder(tmp_path))
     assert records[1]["d_sd"] == 0 and records[2]["d_sd"] > 0
-    assert records[2]["mask_sd"] is None  # the spread of replicates that share their noise would say 0
+    assert (
+        records[2]["mask_sd"] is None
+    )  # the spread of replicates that share their noise would say 0
 
 
 def test_two_levels_draw_their_masks_apart(base, tmp_path, monkeypatch):
-    """A step of two updates draws `views` masks for each and `old_views` once, from three different streams."""
+    """A step of two updates draws `views` masks for each and `old_views` once, from three different
+    streams.
+    """
     named, drawn = scores.design_named, []
 
     def recording(name):
@@ -209,26 +294,48 @@ def test_two_levels_draw_their_masks_apart(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(scores, "design_named", recording)
     train(config(base, steps=1, inner_steps=2, old_views=16), Folder(tmp_path))
-    assert sorted(views for views, _ in drawn) == [2, 2, 16] and len({seed for _, seed in drawn}) == 3
+    assert (
+        sorted(views for views, _ in drawn) == [2, 2, 16] and len({seed for _, seed in drawn}) == 3
+    )
 
 
 def test_forwards_count_every_update_and_every_model(base, tmp_path):
-    """One level: reference, policy and a backward (2) a view; the views of both updates; skipped completions count as completions."""
+    """One level: reference, policy and a backward (2) a view; the views of both updates; skipped
+    completions count as completions.
+    """
     records = train(config(base, steps=1, inner_steps=2), Folder(tmp_path / "a"))
     once = train(config(base, steps=1), Folder(tmp_path / "b"))
-    assert records[1]["forwards"] == pytest.approx(4 * records[1]["forward_passes"]) == pytest.approx(2 * once[1]["forwards"])
+    assert (
+        records[1]["forwards"]
+        == pytest.approx(4 * records[1]["forward_passes"])
+        == pytest.approx(2 * once[1]["forwards"])
+    )
     skipped = train(config(base, steps=1, zero_variance="skip"), Folder(tmp_path / "c"))
     assert skipped[1]["zero_variance_groups"] > 0 and skipped[1]["forwards"] < once[1]["forwards"]
     sliced = train(config(base, steps=1, slice_size=2), Folder(tmp_path / "d"))
-    assert sliced[1]["forwards"] == pytest.approx(5 * sliced[1]["forward_passes"])  # a pass without gradient comes first
+    assert sliced[1]["forwards"] == pytest.approx(
+        5 * sliced[1]["forward_passes"]
+    )  # a pass without gradient comes first
 
 
 def test_auto_takes_what_the_last_profile_recommends(base, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(scores, "recommend_design", lambda profile, views: (seen.append(profile), ("bsc(0.5, 0.5)", views))[1])
+    monkeypatch.setattr(
+        scores,
+        "recommend_design",
+        lambda profile, views: (seen.append(profile), ("bsc(0.5, 0.5)", views))[1],
+    )
     train(config(base, steps=3, eval_every=2, design="auto"), Folder(tmp_path))
-    (written,) = [json.loads(line) for line in (tmp_path / "profile.jsonl").read_text().splitlines() if json.loads(line)["step"] == 2]
-    assert seen[:2] == [None, None] and seen[2].sd == written["sd"] and seen[2].pairs == written["pairs"]
+    (written,) = [
+        json.loads(line)
+        for line in (tmp_path / "profile.jsonl").read_text().splitlines()
+        if json.loads(line)["step"] == 2
+    ]
+    assert (
+        seen[:2] == [None, None]
+        and seen[2].sd == written["sd"]
+        and seen[2].pairs == written["pairs"]
+    )
 
 
 def test_a_checkpoint_older_than_a_field_is_resumed_at_its_default(base, tmp_path):
@@ -257,22 +364,35 @@ def test_lora_snapshots_load_as_what_was_trained(base, tmp_path):
 
 def test_a_local_file_is_trained_on_without_the_held_out_problems(base, tmp_path):
     rows = sudoku.examples("train", 2, seed=0) + sudoku.examples("test", 4, seed=0)
-    (tmp_path / "data.csv").write_text("Puzzle,Solution\n" + "".join(f"{e.puzzle},{e.solution}\n" for e in rows))
-    with pytest.raises(ValueError, match="2 problems that are not held out, fewer than prompts = 3"):
+    (tmp_path / "data.csv").write_text(
+        "Puzzle,Solution\n" + "".join(f"{e.puzzle},{e.solution}\n" for e in rows)
+    )
+    with pytest.raises(
+        ValueError, match="2 problems that are not held out, fewer than prompts = 3"
+    ):
         train(config(base, data=str(tmp_path / "data.csv"), prompts=3), Folder(tmp_path / "a"))
     train(config(base, data=str(tmp_path / "data.csv"), prompts=2, steps=1), Folder(tmp_path / "b"))
 
 
-@pytest.mark.parametrize("changes, match", [
-    (dict(objective="ppo"), "objective must be one of rspo, reinforce_elbo, not 'ppo'"), (dict(task="sudok"), "sudoku"),
-    (dict(design="cont"), "design must be one of count"), (dict(group=1), "group must be at least 2"), (dict(lam=-1.0), "lam must be >= 0"),
-    (dict(steps=0), "steps must be at least 1"), (dict(old_views=-1), "old_views must be at least 0"),
-    (dict(old_views=4, use_reference=False), "needs objective='rspo'"), (dict(old_views=4, objective="reinforce_elbo"), "use_reference"),
-    (dict(allocate=True), "allocate weighs completions on old_views"),
-    (dict(allocate=True, old_views=4, views=4, design="coupled"), "must be even"),
-    (dict(allocate=True, old_views=2, common_masks=True), "goes with own masks"),
-    (dict(design="bsc", residual="leave_one_out"), "bsc makes 1 of 2 views"), (dict(design="coupled", views=3), "must be even"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (dict(objective="ppo"), "objective must be one of rspo, reinforce_elbo, not 'ppo'"),
+        (dict(task="sudok"), "sudoku"),
+        (dict(design="cont"), "design must be one of count"),
+        (dict(group=1), "group must be at least 2"),
+        (dict(lam=-1.0), "lam must be >= 0"),
+        (dict(steps=0), "steps must be at least 1"),
+        (dict(old_views=-1), "old_views must be at least 0"),
+        (dict(old_views=4, use_reference=False), "needs objective='rspo'"),
+        (dict(old_views=4, objective="reinforce_elbo"), "use_reference"),
+        (dict(allocate=True), "allocate weighs completions on old_views"),
+        (dict(allocate=True, old_views=4, views=4, design="coupled"), "must be even"),
+        (dict(allocate=True, old_views=2, common_masks=True), "goes with own masks"),
+        (dict(design="bsc", residual="leave_one_out"), "bsc makes 1 of 2 views"),
+        (dict(design="coupled", views=3), "must be even"),
+    ],
+)
 def test_bad_configs_are_refused_at_once(base, changes, match):
     with pytest.raises(ValueError, match=match):
         config(base, **changes)
@@ -286,6 +406,11 @@ def test_every_task_has_the_default_number_of_held_out_problems(name):
 
 def test_every_config_field_is_read():
     source = Path(config_module.__file__).read_text()
-    body = "".join(Path(module.__file__).read_text() for module in (training, scores)) + source[source.index("def __post_init__") :]
+    body = (
+        "".join(Path(module.__file__).read_text() for module in (training, scores))
+        + source[source.index("def __post_init__") :]
+    )
     for field in dataclasses.fields(TrainConfig):
-        assert re.search(rf"\bconfig\.{field.name}\b|self\.{field.name}\b", body), f"nothing reads TrainConfig.{field.name}"
+        assert re.search(rf"\bconfig\.{field.name}\b|self\.{field.name}\b", body), (
+            f"nothing reads TrainConfig.{field.name}"
+        )

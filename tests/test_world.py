@@ -1,4 +1,6 @@
-"""Several processes: the same rollouts, losses and weights as one, with whole weights and with sharded ones, and through a preemption."""
+"""Several processes: the same rollouts, losses and weights as one, with whole weights and with
+sharded ones, and through a preemption.
+"""
 
 import contextlib
 import dataclasses
@@ -17,19 +19,48 @@ from safetensors.torch import load_file
 from test_training import Folder
 
 from rspo_lab.config import TrainConfig
-from rspo_lab.training import train
 from rspo_lab.distributed import joined
+from rspo_lab.training import train
 
 ROOT = Path(__file__).parent.parent
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--main_process_port",
+    "0",
+]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-WAYS = {"DDP": ["--multi_gpu"], "FSDP2": ["--use_fsdp", "--fsdp_version", "2"]}  # what accelerate calls them, on a CPU too
+WAYS = {
+    "DDP": ["--multi_gpu"],
+    "FSDP2": ["--use_fsdp", "--fsdp_version", "2"],
+}  # what accelerate calls them, on a CPU too
 
 
 def config(**changes):
-    """Five prompts, so that two processes do not have equally many rows; three masked sequences a forward, so that there are slices."""
-    small = dict(model="base-sudoku", task="sudoku", steps=3, prompts=5, group=3, views=2, eval_every=3, eval_problems=5, warmup=0)
-    return TrainConfig(**small | dict(threshold=0.9, checkpoint_every=1, snapshots=1, slice_size=3, device="cpu", lr=3e-4) | changes)
+    """Five prompts, so that two processes do not have equally many rows; three masked sequences a
+    forward, so that there are slices.
+    """
+    small = dict(
+        model="base-sudoku",
+        task="sudoku",
+        steps=3,
+        prompts=5,
+        group=3,
+        views=2,
+        eval_every=3,
+        eval_problems=5,
+        warmup=0,
+    )
+    return TrainConfig(
+        **small
+        | dict(threshold=0.9, checkpoint_every=1, snapshots=1, slice_size=3, device="cpu", lr=3e-4)
+        | changes
+    )
 
 
 @contextlib.contextmanager
@@ -38,7 +69,14 @@ def launch(way, folder, config):
     values = {name: str(value) for name, value in dataclasses.asdict(config).items() if value != ""}
     given = [word for name, value in values.items() for word in ("-p", name, value)]
     command = [*LAUNCH, *WAYS[way], "-m", "rspo_lab.cli", "train", "--run", str(folder), *given]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         yield process
     finally:
@@ -57,12 +95,16 @@ def assert_same_run(folder, alone):
     for mine, one in zip(ours, theirs):
         assert mine.keys() == one.keys()
         for name in mine:
-            assert mine[name] == (None if one[name] is None else pytest.approx(one[name], rel=2e-4, abs=2e-5)), name
+            assert mine[name] == (
+                None if one[name] is None else pytest.approx(one[name], rel=2e-4, abs=2e-5)
+            ), name
     (weights,) = (folder / "snapshots").glob("*/*.safetensors")
     (expected,) = (alone / "snapshots").glob("*/*.safetensors")
     found, wanted = load_file(weights), load_file(expected)
     assert found.keys() == wanted.keys()
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)  # Adam's first steps have the sign of a gradient, rounded or not
+    torch.testing.assert_close(
+        found, wanted, rtol=1e-3, atol=1e-4
+    )  # Adam's first steps have the sign of a gradient, rounded or not
 
 
 LORA = {"lora": "all-linear", "inner_steps": 2, "old_views": 3, "cache": "dual", "block": 4}
@@ -70,26 +112,39 @@ LORA = {"lora": "all-linear", "inner_steps": 2, "old_views": 3, "cache": "dual",
 
 @pytest.mark.parametrize("way, changes", [("DDP", {}), ("FSDP2", LORA)])
 def test_two_processes_train_as_one_does(way, changes, tmp_path):
-    """Losses, rollouts, evaluations and saved weights; the moved weights make later steps agree only if all of the first does."""
+    """Losses, rollouts, evaluations and saved weights; the moved weights make later steps agree
+    only if all of the first does.
+    """
     train(config(**changes), Folder(tmp_path / "alone"))
     with launch(way, tmp_path / "two", config(**changes)) as process:
         said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    assert said.count("done: ") == 1 and json.loads((tmp_path / "two/status.json").read_text())["state"] == "done"
+    assert (
+        said.count("done: ") == 1
+        and json.loads((tmp_path / "two/status.json").read_text())["state"] == "done"
+    )
     assert_same_run(tmp_path / "two", tmp_path / "alone")
     assert min(r["gradient_norm"] for r in records(tmp_path / "alone")[1:]) > 1e-2
 
 
 def test_a_run_of_two_of_which_one_is_preempted_goes_on_in_one(tmp_path):
-    """SIGTERM to the second process alone: both end after one step, and its checkpoint is whole weights."""
+    """SIGTERM to the second process alone: both end after one step, and its checkpoint is whole
+    weights.
+    """
     longer = config(steps=10, eval_every=10, eval_problems=1, lora="all-linear")
     folder = tmp_path / "run"
     with launch("FSDP2", folder, longer) as process:
         for _ in range(1200):
-            if process.poll() is not None or ((folder / "metrics.jsonl").exists() and len(records(folder)) > 3):
+            if process.poll() is not None or (
+                (folder / "metrics.jsonl").exists() and len(records(folder)) > 3
+            ):
                 break
             time.sleep(0.1)
-        (second,) = (child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1")
+        (second,) = (
+            child
+            for child in psutil.Process(process.pid).children()
+            if child.environ().get("RANK") == "1"
+        )
         second.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
     status = json.loads((folder / "status.json").read_text())
@@ -139,10 +194,25 @@ with joined("cpu") as world:
 
 
 def test_primitives_in_three_processes(tmp_path):
-    """Rows that do not come out even, fewer than processes too; by torchrun.  The first process alone writes."""
+    """Rows that do not come out even, fewer than processes too; by torchrun.  The first process
+    alone writes.
+    """
     (tmp_path / "primitives.py").write_text(PRIMITIVES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    done = subprocess.run([*command, tmp_path / "primitives.py", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "3",
+    ]
+    done = subprocess.run(
+        [*command, tmp_path / "primitives.py", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0"]
 

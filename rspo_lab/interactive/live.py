@@ -1,4 +1,6 @@
-"""Training in a notebook: a live figure and a Stop button over a worker thread, or plain training where nobody watches."""
+"""Training in a notebook: a live figure and a Stop button over a worker thread, or plain training
+where nobody watches.
+"""
 
 import asyncio
 import io
@@ -15,19 +17,22 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from rspo_lab import training
-from rspo_lab.figures import train as plots
 from rspo_lab.config import TrainConfig
+from rspo_lab.figures import train as plots
 
 POLL = 0.1  # seconds
-REDRAW = 2.0  # seconds, or five times what a drawing takes if that is longer: Python draws and trains by turns
+# seconds, or five times what a drawing takes if that is longer: Python draws and trains by turns
+REDRAW = 2.0
 PIXELS = 120  # an inch of figure on the page, in CSS pixels; drawn at twice that
 
 
 async def train(config: TrainConfig, run) -> list[dict]:
-    """`training.train(config, run)` to its end, or to the Stop button or the kernel's interrupt: `history = await live.train(...)`.
+    """`training.train(config, run)` to its end, or to the Stop button or the kernel's interrupt:
+    `history = await live.train(...)`.
 
-    Both stops let the step in hand end, which is saved, and set `run.stopped`.  Where nobody can press a button it trains in
-    the calling thread, so that SIGTERM saves a checkpoint, and shows nothing.
+    Both stops let the step in hand end, which is saved, and set `run.stopped`.  Where nobody can
+    press a button it trains in the calling thread, so that SIGTERM saves a checkpoint, and shows
+    nothing.
     """
     run.stopped = False  # the Stop of an earlier call is over
     if not watched():
@@ -38,25 +43,34 @@ async def train(config: TrainConfig, run) -> list[dict]:
         if history:
             history.append(record)
         else:  # with what earlier calls recorded
-            history.extend(json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines())
+            history.extend(
+                json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()
+            )
 
     panel = Panel(config, stop)
-    worker = asyncio.ensure_future(asyncio.to_thread(training.train, config, run, on_step=on_step, should_stop=stop.is_set))
+    worker = asyncio.ensure_future(
+        asyncio.to_thread(training.train, config, run, on_step=on_step, should_stop=stop.is_set)
+    )
     try:
         while not worker.done():
             try:
-                await asyncio.wait({worker}, timeout=POLL)  # by polls: a single wait would not hear the interrupt
+                await asyncio.wait(
+                    {worker}, timeout=POLL
+                )  # by polls: a single wait would not hear the interrupt
                 panel.show(list(history))
             except (KeyboardInterrupt, asyncio.CancelledError):
                 panel.stop()
     finally:
-        stop.set()  # a kernel that shuts down closes this coroutine: the thread then ends with a checkpoint
+        # a kernel that shuts down closes this coroutine: the thread then ends with a checkpoint
+        stop.set()
     panel.close(list(history), run.stopped, worker.exception())
     return worker.result()
 
 
 def watched() -> bool:
-    """Whether a person may be at the page: a kernel whose frontend takes input (Papermill and nbconvert do not)."""
+    """Whether a person may be at the page: a kernel whose frontend takes input (Papermill and
+    nbconvert do not).
+    """
     kernel = getattr(get_ipython(), "kernel", None)
     if kernel is None or os.environ.get("RSPO_LAB_HEADLESS") == "1":
         return False
@@ -64,7 +78,9 @@ def watched() -> bool:
 
 
 def png(figure: Figure) -> bytes:
-    """A finished figure as a picture for the page; `savefig` would lay it out and draw it once more, in more than twice the time."""
+    """A finished figure as a picture for the page; `savefig` would lay it out and draw it once
+    more, in more than twice the time.
+    """
     figure.set_layout_engine("none")
     figure.set_dpi(2 * PIXELS)
     canvas, file = FigureCanvasAgg(figure), io.BytesIO()
@@ -74,14 +90,20 @@ def png(figure: Figure) -> bytes:
 
 
 class Panel:
-    """Stop button, progress line and figure of one training; every method belongs to the kernel's main thread."""
+    """Stop button, progress line and figure of one training; every method belongs to the kernel's
+    main thread.
+    """
 
     def __init__(self, config: TrainConfig, stop: threading.Event) -> None:
         self.config, self.event = config, stop
-        self.button = ipywidgets.Button(description="Stop", icon="stop", tooltip="End after the step in hand and save it")
+        self.button = ipywidgets.Button(
+            description="Stop", icon="stop", tooltip="End after the step in hand and save it"
+        )
         self.button.on_click(lambda _: self.stop())
         self.line = ipywidgets.Label("loading the model")
-        self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(display="none", max_width="100%"))
+        self.image = ipywidgets.Image(
+            format="png", layout=ipywidgets.Layout(display="none", max_width="100%")
+        )
         self.trouble = ""
         self.first: tuple[float, int] | None = None  # when and where this call began
         self.shown = self.drawn = -1
@@ -110,12 +132,17 @@ class Panel:
             self.draw(history)
 
     def draw(self, history: list[dict]) -> None:
-        """Redraw the figure; what goes wrong here is said in the line and does not end the training."""
+        """Redraw the figure; what goes wrong here is said in the line and does not end the
+        training.
+        """
         began = time.thread_time()
         try:
             figure = plots.training_figure(history, self.config.lam)
             self.image.value = png(figure)
-            self.image.layout.width, self.image.layout.display = f"{PIXELS * figure.get_figwidth():.0f}px", ""
+            self.image.layout.width, self.image.layout.display = (
+                f"{PIXELS * figure.get_figwidth():.0f}px",
+                "",
+            )
             self.trouble = ""
         except Exception as error:
             self.trouble = f" (no figure: {type(error).__name__}: {error})"
@@ -127,7 +154,13 @@ class Panel:
         if history:
             self.draw(history)
         step = history[-1]["step"] if history else 0
-        end = f"stopped after step {step}: run this cell again to go on, then those below" if stopped else f"done: {step} steps"
-        self.line.value = (f"failed after step {step}: {type(error).__name__}: {error}" if error else end) + self.trouble
+        end = (
+            f"stopped after step {step}: run this cell again to go on, then those below"
+            if stopped
+            else f"done: {step} steps"
+        )
+        self.line.value = (
+            f"failed after step {step}: {type(error).__name__}: {error}" if error else end
+        ) + self.trouble
         self.row.children = [self.line]
         self.button.close()

@@ -1,6 +1,8 @@
-"""Saved policies held still, so that masks, views, lambda and prompt can be moved freely: what is dear is made once.
+"""Saved policies held still, so that masks, views, lambda and prompt can be moved freely: what is
+dear is made once.
 
-Shapes: B = prompts x group sequences (group-major), U distinct ones of them, S subsets of u tokens, n redraws.  Nats, nats^2.
+Shapes: B = prompts x group sequences (group-major), U distinct ones of them, S subsets of u tokens,
+n redraws.  Nats, nats^2.
 """
 
 from collections.abc import Callable
@@ -14,15 +16,15 @@ from torch import Tensor
 
 from rspo_lab.checkpoints import saved_policy, trained_run
 from rspo_lab.config import TrainConfig
-from rspo_lab.diagnostics import variance_se
 from rspo_lab.decoding import complete, rewards
-from rspo_lab.runs.files import read_json
-from rspo_lab.random_streams import generator
+from rspo_lab.diagnostics import variance_se
 from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.masks.designs import design as design_named
+from rspo_lab.measure.score_noise import TABLED, table_anova, table_estimates
 from rspo_lab.models.diffusion_lm import DiffusionLM, load, reference_of
 from rspo_lab.oracle import subset_tables, table_elbo
-from rspo_lab.measure.score_noise import TABLED, table_anova, table_estimates
+from rspo_lab.random_streams import generator
+from rspo_lab.runs.files import read_json
 from rspo_lab.tasks import task as task_named
 from rspo_lab.training import Rollouts, held_still
 
@@ -47,7 +49,9 @@ class Look:
 
 @dataclass(frozen=True)
 class Held:
-    """A saved policy with rollouts of it and every mask's log-probs under policy and reference: a redraw is a look-up."""
+    """A saved policy with rollouts of it and every mask's log-probs under policy and reference: a
+    redraw is a look-up.
+    """
 
     run: str
     step: int
@@ -66,7 +70,9 @@ class Held:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How one problem is decoded, one token a step: `cells` has a row a position, with token, step (-1: given) and confidence."""
+    """How one problem is decoded, one token a step: `cells` has a row a position, with token, step
+    (-1: given) and confidence.
+    """
 
     title: str
     prompt: str
@@ -81,7 +87,9 @@ class Decoding:
 
 
 def training_runs(root: Path | str) -> dict[str, Path]:
-    """{name: folder} of the training runs under `root` that have saved policies, the latest first; {} if there are none."""
+    """{name: folder} of the training runs under `root` that have saved policies, the latest first;
+    {} if there are none.
+    """
     root = Path(root)
     latest = {}
     for place in root.rglob("snapshots"):
@@ -95,7 +103,9 @@ def required_runs(root: Path | str) -> dict[str, Path]:
     """`training_runs`, or FileNotFoundError where there are none."""
     if runs := training_runs(root):
         return runs
-    raise FileNotFoundError(f"no training run with saved policies under {root}: run notebook 02_train, or give the folder of one as runs")
+    raise FileNotFoundError(
+        f"no training run with saved policies under {root}: run notebook 02_train, or give the folder of one as runs"
+    )
 
 
 def _name(folder: Path, root: Path) -> str:
@@ -105,7 +115,8 @@ def _name(folder: Path, root: Path) -> str:
 
 
 def hold(run: str, folder: Path, step: int, *, prompts: int, group: int, seed: int) -> Held:
-    """The policy of a training run at a saved step (0: its base), with `group` completions of each of `prompts` problems.
+    """The policy of a training run at a saved step (0: its base), with `group` completions of each
+    of `prompts` problems.
 
     ValueError for completions of more than 12 tokens, whose masks are too many to tabulate.
     """
@@ -115,34 +126,68 @@ def hold(run: str, folder: Path, step: int, *, prompts: int, group: int, seed: i
     rollouts = held_still(config, policy, prompts=prompts, group=group, seed=seed)
     batch, which = rollouts.batch.distinct()
     if (longest := int(batch.valid.sum(1).max())) > TABLED:
-        raise ValueError(f"{run}: {longest} tokens are too many to tabulate all masks of (at most {TABLED}): notebook 03 measures them")
+        raise ValueError(
+            f"{run}: {longest} tokens are too many to tabulate all masks of (at most {TABLED}): notebook 03 measures them"
+        )
     with torch.no_grad():
-        ours, theirs = ([t.cpu() for t in subset_tables(model, batch)] for model in (policy, reference))
-    return Held(run, step, replace(config, group=group), policy, rollouts, batch.valid.cpu(), which.cpu(), ours, theirs)
+        ours, theirs = (
+            [t.cpu() for t in subset_tables(model, batch)] for model in (policy, reference)
+        )
+    return Held(
+        run,
+        step,
+        replace(config, group=group),
+        policy,
+        rollouts,
+        batch.valid.cpu(),
+        which.cpu(),
+        ours,
+        theirs,
+    )
 
 
-def variance_curve(held: Held, design: str, quantity: str, *, redraws: int, seed: int) -> pd.DataFrame:
-    """Variance over masks against K: columns design, views, cost, value, stderr; mean over the distinct completions.
+def variance_curve(
+    held: Held, design: str, quantity: str, *, redraws: int, seed: int
+) -> pd.DataFrame:
+    """Variance over masks against K: columns design, views, cost, value, stderr; mean over the
+    distinct completions.
 
-    Of the design by `redraws` (a K that it cannot make is left out), and of `count` summed over all masks: stderr 0.
+    Of the design by `redraws` (a K that it cannot make is left out), and of `count` summed over all
+    masks: stderr 0.
     cost: non-empty views a sequence.
     """
     tables, made, rows = held.tables(quantity), design_named(design), []
     for k in VIEWS:
         try:
-            masks = made(held.valid.repeat_interleave(redraws, 0), k, generator=generator(seed, "explore variance", design, k))
+            masks = made(
+                held.valid.repeat_interleave(redraws, 0),
+                k,
+                generator=generator(seed, "explore variance", design, k),
+            )
         except ValueError:  # an odd number of paired views
             continue
         variance, error = variance_se(table_estimates(tables, held.valid, masks))
-        rows.append((design, k, masks.forward_passes, variance.mean().item(), error.norm().item() / len(tables)))
+        rows.append(
+            (
+                design,
+                k,
+                masks.forward_passes,
+                variance.mean().item(),
+                error.norm().item() / len(tables),
+            )
+        )
     one = torch.stack([table_anova(table).sum() for table in tables]).mean().item()
     rows += [("count, exact", k, float(k), one / k, 0.0) for k in VIEWS]
     return pd.DataFrame(rows, columns=["design", "views", "cost", "value", "stderr"])
 
 
-def gap_points(held: Held, design: str, views: int, lam: float, *, seed: int, draw: int = 0) -> pd.DataFrame:
-    """A row a sequence: problem, reward, advantage A, d on `views` masks, d_exact = E d, d_hat (centred over all rows), and what
-    RSPO makes of it: target A/lam, gap A/lam - d_hat, weight A - lam d_hat.  Rows of equal completions share their masks.
+def gap_points(
+    held: Held, design: str, views: int, lam: float, *, seed: int, draw: int = 0
+) -> pd.DataFrame:
+    """A row a sequence: problem, reward, advantage A, d on `views` masks, d_exact = E d, d_hat
+    (centred over all rows), and what
+    RSPO makes of it: target A/lam, gap A/lam - d_hat, weight A - lam d_hat.  Rows of equal
+    completions share their masks.
 
     ValueError for lam <= 0 and for a number of views that the design cannot make.
     """
@@ -153,51 +198,95 @@ def gap_points(held: Held, design: str, views: int, lam: float, *, seed: int, dr
     d = table_estimates(tables, held.valid, masks)[0][held.which].double()
     advantage, d_hat = held.rollouts.advantage.double().cpu(), d - d.mean()
     columns = {
-        "reward": held.rollouts.reward, "advantage": advantage, "d": d,
-        "d_exact": torch.stack([table_elbo(table) for table in tables])[held.which], "d_hat": d_hat,
-        "target": advantage / lam, "gap": advantage / lam - d_hat, "weight": advantage - lam * d_hat,
-    }  # fmt: skip
+        "reward": held.rollouts.reward,
+        "advantage": advantage,
+        "d": d,
+        "d_exact": torch.stack([table_elbo(table) for table in tables])[held.which],
+        "d_hat": d_hat,
+        "target": advantage / lam,
+        "gap": advantage / lam - d_hat,
+        "weight": advantage - lam * d_hat,
+    }
     problem = torch.arange(len(d)) // held.config.group
-    return pd.DataFrame({"problem": problem.numpy()} | {name: values.numpy() for name, values in columns.items()})
+    return pd.DataFrame(
+        {"problem": problem.numpy()} | {name: values.numpy() for name, values in columns.items()}
+    )
 
 
 def decode(held: Held, problem: int, *, sampled: bool, seed: int) -> Decoding:
-    """One completion of a problem of `held`, one token a step: greedy, or drawn at the temperature of the run's rollouts."""
+    """One completion of a problem of `held`, one token a step: greedy, or drawn at the temperature
+    of the run's rollouts.
+    """
     config, task = held.config, task_named(held.config.task)
     example = held.rollouts.examples[problem * config.group]
     batch, rollout = complete(
-        held.policy, task, [example], style=config.style, length=config.length, block=config.block, steps=0,
-        temperature=config.temperature if sampled else 0.0, threshold=1.0, generator=generator(seed, "explore decoding", problem),
-    )  # fmt: skip
+        held.policy,
+        task,
+        [example],
+        style=config.style,
+        length=config.length,
+        block=config.block,
+        steps=0,
+        temperature=config.temperature if sampled else 0.0,
+        threshold=1.0,
+        generator=generator(seed, "explore decoding", problem),
+    )
     tokens = held.policy.tokenizer.convert_ids_to_tokens(batch.completion[0].tolist())
-    cells = pd.DataFrame({"token": tokens, "step": rollout.step[0].tolist(), "confidence": rollout.confidence[0].tolist()})
+    cells = pd.DataFrame(
+        {
+            "token": tokens,
+            "step": rollout.step[0].tolist(),
+            "confidence": rollout.confidence[0].tolist(),
+        }
+    )
     (reward,) = rewards(held.policy, task, [example], batch.completion, style=config.style)
     columns = COLUMNS.get(config.task, 16) if config.style == "compact" else 16
-    return Decoding(f"{held.run.split(':')[0]}, step {held.step}", task.prompt(example, config.style), cells, columns, reward)
+    return Decoding(
+        f"{held.run.split(':')[0]}, step {held.step}",
+        task.prompt(example, config.style),
+        cells,
+        columns,
+        reward,
+    )
 
 
 class Session:
-    """Training runs to look at; policies with their tables, variances and decodings are kept once made.
+    """Training runs to look at; policies with their tables, variances and decodings are kept once
+    made.
 
     `on_hold(text)` is told what takes seconds before it begins.
     """
 
-    def __init__(self, runs: dict[str, Path], *, prompts: int, group: int, redraws: int, seed: int) -> None:
-        self.runs, self.prompts, self.group, self.redraws, self.seed = runs, prompts, group, redraws, seed
+    def __init__(
+        self, runs: dict[str, Path], *, prompts: int, group: int, redraws: int, seed: int
+    ) -> None:
+        self.runs, self.prompts, self.group, self.redraws, self.seed = (
+            runs,
+            prompts,
+            group,
+            redraws,
+            seed,
+        )
         self.on_hold: Callable[[str], None] = lambda text: None
         self._held: dict[tuple[str, int], Held] = {}
         self._curves: dict[tuple, pd.DataFrame] = {}
         self._decodings: dict[tuple, Decoding] = {}
 
-    def first_look(self, *, step: int, design: str, views: int, lam: float, problem: int = 0) -> Look:
+    def first_look(
+        self, *, step: int, design: str, views: int, lam: float, problem: int = 0
+    ) -> Look:
         """At the latest run; step 0 is its last policy.  ValueError for what cannot be looked at."""
         name = next(iter(self.runs))
         step, _ = saved_policy(trained_run(self.runs[name])[1], step)
-        design_named(design)(torch.ones(1, 4, dtype=torch.bool), views, generator=torch.Generator())  # refuses views it cannot make
+        design_named(design)(
+            torch.ones(1, 4, dtype=torch.bool), views, generator=torch.Generator()
+        )  # refuses views it cannot make
         if lam <= 0:
             raise ValueError(f"the target A/lam needs lam > 0, not {lam}")
         if not 0 <= problem < self.prompts:
-            raise ValueError(f"problem must be one of 0 to {self.prompts - 1} (prompts = {self.prompts}), not {problem}")
+            raise ValueError(
+                f"problem must be one of 0 to {self.prompts - 1} (prompts = {self.prompts}), not {problem}"
+            )
         return Look((name,), step, design, views, lam, problem=problem)
 
     def steps(self, names: tuple[str, ...]) -> list[int]:
@@ -210,8 +299,17 @@ class Session:
         for name in look.runs:
             step = max(step for step in self.steps((name,)) if step <= look.step)
             if (name, step) not in self._held:
-                self.on_hold(f"{name.split(':')[0]}, step {step}: rolling out, and scoring every mask of every completion")
-                held = hold(name, self.runs[name], step, prompts=self.prompts, group=self.group, seed=self.seed)
+                self.on_hold(
+                    f"{name.split(':')[0]}, step {step}: rolling out, and scoring every mask of every completion"
+                )
+                held = hold(
+                    name,
+                    self.runs[name],
+                    step,
+                    prompts=self.prompts,
+                    group=self.group,
+                    seed=self.seed,
+                )
                 self._held[name, step] = held
             found.append(self._held[name, step])
         return found
@@ -222,13 +320,18 @@ class Session:
         for held in self.held(look):
             key = (held.run, held.step, look.design, look.quantity)
             if key not in self._curves:
-                self._curves[key] = variance_curve(held, look.design, look.quantity, redraws=self.redraws, seed=self.seed)
+                self._curves[key] = variance_curve(
+                    held, look.design, look.quantity, redraws=self.redraws, seed=self.seed
+                )
             found.append(self._curves[key])
         return found
 
     def points(self, look: Look) -> list[pd.DataFrame]:
         """`gap_points` of every policy looked at."""
-        return [gap_points(h, look.design, look.views, look.lam, seed=self.seed, draw=look.draw) for h in self.held(look)]
+        return [
+            gap_points(h, look.design, look.views, look.lam, seed=self.seed, draw=look.draw)
+            for h in self.held(look)
+        ]
 
     def decodings(self, look: Look) -> list[Decoding]:
         """`decode` of the problem under every policy looked at."""
@@ -236,7 +339,9 @@ class Session:
         for held in self.held(look):
             key = (held.run, held.step, look.problem, look.sampled)
             if key not in self._decodings:
-                self._decodings[key] = decode(held, look.problem, sampled=look.sampled, seed=self.seed)
+                self._decodings[key] = decode(
+                    held, look.problem, sampled=look.sampled, seed=self.seed
+                )
             found.append(self._decodings[key])
         return found
 
@@ -245,10 +350,14 @@ class Session:
         return [e.id for e in self.held(look)[0].rollouts.examples[:: self.group]]
 
     def table(self, look: Look) -> pd.DataFrame:
-        """The numbers behind all panels: the variance curves and the points, told apart by `panel`, with run and step."""
+        """The numbers behind all panels: the variance curves and the points, told apart by `panel`,
+        with run and step.
+        """
         parts = []
         for held, curve, points in zip(self.held(look), self.curves(look), self.points(look)):
-            both = pd.concat([curve.assign(panel="variance"), points.assign(panel="gap")], ignore_index=True)
+            both = pd.concat(
+                [curve.assign(panel="variance"), points.assign(panel="gap")], ignore_index=True
+            )
             parts.append(both.assign(run=held.run, step=held.step, quantity=look.quantity))
         return pd.concat(parts, ignore_index=True)
 

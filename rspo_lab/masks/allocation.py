@@ -18,10 +18,18 @@ from rspo_lab.masks.designs import Masks, count_masks, design, random_order, spr
 MOST_VIEWS = 32  # that `recommend_design` asks for
 
 
-def drawn(name_of: Callable[[int], str], valid: Bool[Tensor, "B L"], views: Int[Tensor, " B"], *, generator: torch.Generator) -> Masks:
-    """Masks with a number of views of its own for every row, of the design that `name_of` gives for it; as unbiased as that.
+def drawn(
+    name_of: Callable[[int], str],
+    valid: Bool[Tensor, "B L"],
+    views: Int[Tensor, " B"],
+    *,
+    generator: torch.Generator,
+) -> Masks:
+    """Masks with a number of views of its own for every row, of the design that `name_of` gives for
+    it; as unbiased as that.
 
-    One replicate: rows have different numbers of them, so each row's mean over its own is folded into the weights.
+    One replicate: rows have different numbers of them, so each row's mean over its own is folded
+    into the weights.
     """
     parts = []
     for k in views.unique().tolist():
@@ -32,23 +40,49 @@ def drawn(name_of: Callable[[int], str], valid: Bool[Tensor, "B L"], views: Int[
     scored, weight = hidden.clone(), torch.zeros(most, len(valid), dtype=torch.float64)
     for rows, masks in parts:
         n = len(masks.replicate)
-        hidden[:n, rows], scored[:n, rows], weight[:n, rows] = masks.hidden, masks.counted, masks.weight / masks.replicates
-    return Masks(hidden, weight, torch.zeros(most, dtype=torch.long), None if torch.equal(hidden, scored) else scored)
+        hidden[:n, rows], scored[:n, rows], weight[:n, rows] = (
+            masks.hidden,
+            masks.counted,
+            masks.weight / masks.replicates,
+        )
+    return Masks(
+        hidden,
+        weight,
+        torch.zeros(most, dtype=torch.long),
+        None if torch.equal(hidden, scored) else scored,
+    )
 
 
-def common(name: str, valid: Bool[Tensor, "B L"], views: int, together: Int[Tensor, " B"], *, generator: torch.Generator) -> Masks:
-    """Masks of a design that are the same for all rows of one id in `together` whose valid tokens stand in the same places."""
-    patterns, which = torch.cat([together[:, None], valid.long()], 1).unique(dim=0, return_inverse=True)
+def common(
+    name: str,
+    valid: Bool[Tensor, "B L"],
+    views: int,
+    together: Int[Tensor, " B"],
+    *,
+    generator: torch.Generator,
+) -> Masks:
+    """Masks of a design that are the same for all rows of one id in `together` whose valid tokens
+    stand in the same places.
+    """
+    patterns, which = torch.cat([together[:, None], valid.long()], 1).unique(
+        dim=0, return_inverse=True
+    )
     return design(name)(patterns[:, 1:].bool(), views, generator=generator).rows(which)
 
 
 def allocate(scale: Float[Tensor, " B"], views: int) -> Int[Tensor, " B"]:
-    """Views for every sequence: `views` on average, at least 1 each, in proportion to `scale` where that is more than 1.
+    """Views for every sequence: `views` on average, at least 1 each, in proportion to `scale` where
+    that is more than 1.
 
-    Minimises sum(scale^2 / views), the noise of a sum whose terms have standard deviation `scale` on one view (Neyman
-    allocation with a floor).  Unbiased if the scale does not depend on the masks that are then drawn.
+    Minimises sum(scale^2 / views), the noise of a sum whose terms have standard deviation `scale`
+    on one view (Neyman allocation with a floor).  Unbiased if the scale does not depend on the
+    masks that are then drawn.
     """
-    total, left, share = views * len(scale), scale.double().clamp(min=0), torch.zeros(len(scale), dtype=torch.float64)
+    total, left, share = (
+        views * len(scale),
+        scale.double().clamp(min=0),
+        torch.zeros(len(scale), dtype=torch.float64),
+    )
     above = left > 0
     while above.any():  # give in proportion, then take out those that would get less than their 1
         share = torch.where(above, (total - (~above).sum()) * left / left[above].sum(), 1.0)
@@ -68,33 +102,57 @@ class CountProfile:
 
     size: list[float]  # l; the geometric mean of a bin of sizes
     sd: list[float]  # nats: of u/l g(S) within a size, over all completions
-    pairs: list[int]  # pairs of views that it was measured on, in proportion to how often `count` draws such sizes
+    pairs: list[
+        int
+    ]  # pairs of views that it was measured on, in proportion to how often `count` draws such sizes
     signal: float  # nats^2: variance of the ELBO ratio between the (distinct) completions
 
 
 @torch.no_grad()
 def count_profile(
-    policy: Callable, reference: Callable, batch: Batch, *, pairs: int, generator: torch.Generator, slice_size: int | None = None
-) -> CountProfile:  # fmt: skip
-    """The profile of d from `pairs` (even) pairs of views a sequence; the views of a pair hide as many tokens, drawn independently.
+    policy: Callable,
+    reference: Callable,
+    batch: Batch,
+    *,
+    pairs: int,
+    generator: torch.Generator,
+    slice_size: int | None = None,
+) -> CountProfile:
+    """The profile of d from `pairs` (even) pairs of views a sequence; the views of a pair hide as
+    many tokens, drawn independently.
 
-    Half the squared difference of a pair is free of what differs between sizes.  Sizes are spread evenly over 1..u, apart for
-    each half of the pairs, so that the product of the halves' means is free of noise.  From 8 on, sizes share bins [2^i, 2^(i+1)).
+    Half the squared difference of a pair is free of what differs between sizes.  Sizes are spread
+    evenly over 1..u, apart for each half of the pairs, so that the product of the halves' means is
+    free of noise.  From 8 on, sizes share bins [2^i, 2^(i+1)).
     """
     if pairs < 2 or pairs % 2:
-        raise ValueError(f"a profile compares two halves of its pairs: pairs must be even, not {pairs}")
+        raise ValueError(
+            f"a profile compares two halves of its pairs: pairs must be even, not {pairs}"
+        )
     valid, means, sizes, halves = batch.valid.cpu(), [], [], []
     used = valid.sum(1)
     for _ in range(2):
         level, values = spread_levels(valid, pairs // 2, generator), []
         for _ in range(2):
-            masks = count_masks(valid, used, level, random_order(valid.expand(pairs // 2, -1, -1), generator), torch.arange(pairs // 2))
-            values.append(log_ratio_draws(policy, reference, batch, masks, slice_size=slice_size).double().cpu())
+            masks = count_masks(
+                valid,
+                used,
+                level,
+                random_order(valid.expand(pairs // 2, -1, -1), generator),
+                torch.arange(pairs // 2),
+            )
+            values.append(
+                log_ratio_draws(policy, reference, batch, masks, slice_size=slice_size)
+                .double()
+                .cpu()
+            )
         sizes.append(masks.hidden.sum(-1))
         halves.append((values[0] - values[1]).square() / 2)
         means.append((values[0] + values[1]).mean(0) / 2)
     size, half = torch.cat(sizes), torch.cat(halves)
-    bins = torch.where(size < 8, size, 2 ** size.double().log2().floor().long()).where(size < used, 0)  # all hidden: nothing to draw
+    bins = torch.where(size < 8, size, 2 ** size.double().log2().floor().long()).where(
+        size < used, 0
+    )  # all hidden: nothing to draw
     found = [bins == n for n in bins[bins > 0].unique()]
     a, b = (mean - mean.mean() for mean in means)
     return CountProfile(
@@ -106,21 +164,30 @@ def count_profile(
 
 
 def recommend_design(profile: CountProfile | None, views: int = 0) -> tuple[str, int]:
-    """(design, views) for completions of that profile; `views` as given unless 0.  None, no profile yet: bsc(0.5, 0.5), 4 views.
+    """(design, views) for completions of that profile; `views` as given unless 0.  None, no profile
+    yet: bsc(0.5, 0.5), 4 views.
 
-    Design: sizes cost the least noise when drawn as often as sd(l) says (Neyman), so `bsc(alpha, 0.5)` with alpha the negative slope
-    of log sd over log l, from 0 to 1, or 0.5 where d has no spread yet.
-    Views: the smallest power of two up to 32 at which mask noise, (mean sd over sizes)^2 / views, is no more than the variance
+    Design: sizes cost the least noise when drawn as often as sd(l) says (Neyman), so `bsc(alpha,
+    0.5)` with alpha the negative slope of log sd over log l, from 0 to 1, or 0.5 where d has no
+    spread yet.
+    Views: the smallest power of two up to 32 at which mask noise, (mean sd over sizes)^2 / views,
+    is no more than the variance
     between completions: a reliability of one half.
     """
     if profile is None:
         return "bsc(0.5, 0.5)", views or 4
     if not views:
-        noise = (sum(n * sd for n, sd in zip(profile.pairs, profile.sd)) / max(sum(profile.pairs), 1)) ** 2
+        noise = (
+            sum(n * sd for n, sd in zip(profile.pairs, profile.sd)) / max(sum(profile.pairs), 1)
+        ) ** 2
         views = 1
         while views < MOST_VIEWS and noise / views > profile.signal:
             views *= 2
-    seen = [(math.log(size), math.log(sd), n) for size, sd, n in zip(profile.size, profile.sd, profile.pairs) if sd > 0]
+    seen = [
+        (math.log(size), math.log(sd), n)
+        for size, sd, n in zip(profile.size, profile.sd, profile.pairs)
+        if sd > 0
+    ]
     if len(seen) < 2:
         return "bsc(0.5, 0.5)", views
     x, y, weight = torch.tensor(seen, dtype=torch.float64).T

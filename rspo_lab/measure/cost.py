@@ -1,4 +1,6 @@
-"""What a call costs: seconds, the most memory that tensors took, the FLOP of matrix products and attention (a multiply-add is 2)."""
+"""What a call costs: seconds, the most memory that tensors took, the FLOP of matrix products and
+attention (a multiply-add is 2).
+"""
 
 import gc
 import time
@@ -12,8 +14,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 CPU_ATTENTION = {  # torch's counter knows only the kernels of GPUs
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: (
+        sdpa_flop_count(*shapes[:3])
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
+        sdpa_backward_flop_count(*shapes[:4])
+    ),
 }
 
 
@@ -24,8 +30,12 @@ def flop(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def timed(runs: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, tuple[list[float], float]]:
-    """(seconds of each call, peak bytes) of each of some calls, which take turns after a warm-up; ([], nan) if out of memory."""
+def timed(
+    runs: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[str, tuple[list[float], float]]:
+    """(seconds of each call, peak bytes) of each of some calls, which take turns after a warm-up;
+    ([], nan) if out of memory.
+    """
     found = {}
     for name, run in runs.items():
         try:
@@ -42,7 +52,9 @@ def timed(runs: Mapping[str, Callable[[], object]], device: torch.device, repeat
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that all tensors of the process took during the second call: the first one leaves gradients, moments, kernels."""
+    """The most bytes that all tensors of the process took during the second call: the first one
+    leaves gradients, moments, kernels.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -57,9 +69,11 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of the CPU tensors of this process, now and at most, from the `with` on; those that were there before count too.
+    """Bytes of the CPU tensors of this process, now and at most, from the `with` on; those that
+    were there before count too.
 
-    What torch.cuda.max_memory_allocated is on a GPU, but for what an operation needs only inside itself, which is not seen.
+    What torch.cuda.max_memory_allocated is on a GPU, but for what an operation needs only inside
+    itself, which is not seen.
     """
 
     def __init__(self):

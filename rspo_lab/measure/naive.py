@@ -1,6 +1,8 @@
-"""The plain way to score, decode and train, which the library's own is measured against: logits of everything, one graph.
+"""The plain way to score, decode and train, which the library's own is measured against: logits of
+everything, one graph.
 
-Shapes: B sequences of S = P + L tokens, V vocabulary.  Nats.  Every function gives what its counterpart gives; prompts have no padding.
+Shapes: B sequences of S = P + L tokens, V vocabulary.  Nats.  Every function gives what its
+counterpart gives; prompts have no padding.
 """
 
 import os
@@ -34,11 +36,20 @@ class NaiveLM(DiffusionLM):
 
 @torch.no_grad()
 def naive_generate(
-    model: NaiveLM, prompt: Int[Tensor, "B P"], *, length: int, block: int, steps: int, temperature: float, generator: torch.Generator
+    model: NaiveLM,
+    prompt: Int[Tensor, "B P"],
+    *,
+    length: int,
+    block: int,
+    steps: int,
+    temperature: float,
+    generator: torch.Generator,
 ) -> Int[Tensor, "B L"]:
-    """The published sampler: a step draws all P + L positions by a float64 Gumbel arg max.  (LLaDA, arXiv:2502.09992, released code)
+    """The published sampler: a step draws all P + L positions by a float64 Gumbel arg max.  (LLaDA,
+    arXiv:2502.09992, released code)
 
-    The schedule and the law are those of `rollout.generate`; `generator` lives on the model's device.
+    The schedule and the law are those of `rollout.generate`; `generator` lives on the model's
+    device.
     """
     rows, width = prompt.shape
     per_block = steps * block // length
@@ -46,7 +57,9 @@ def naive_generate(
     for end in range(width + block, width + length + 1, block):
         for n in range(per_block):
             logits = model.all_logits(ids).double()
-            uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64, device=logits.device)
+            uniform = torch.rand(
+                logits.shape, generator=generator, dtype=torch.float64, device=logits.device
+            )
             token = (logits.exp() / (-uniform.log()) ** temperature).argmax(-1)
             prob = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
             prob[ids != model.mask_id] = -torch.inf
@@ -56,14 +69,20 @@ def naive_generate(
 
 
 def one_graph(policy, batch: Batch, masks: Masks, loss_of, slice_size: int):
-    """`scores.accumulate_gradient` with every draw of every view in one graph until the loss is known.
+    """`scores.accumulate_gradient` with every draw of every view in one graph until the loss is
+    known.
 
     Raises torch.OutOfMemoryError, also on a CPU, where the system would end the process.
     """
     if batch.completion.device.type == "cpu":
-        sequences, tokens = int(masks.hidden.any(-1).sum()), batch.prompt.shape[1] + batch.completion.shape[1]
+        sequences, tokens = (
+            int(masks.hidden.any(-1).sum()),
+            batch.prompt.shape[1] + batch.completion.shape[1],
+        )
         if (kept := 4 * sequences * tokens * len(policy.banned)) > _memory():
-            raise torch.OutOfMemoryError(f"the log-probabilities of all draws take {kept / 2**30:.0f} GiB")
+            raise torch.OutOfMemoryError(
+                f"the log-probabilities of all draws take {kept / 2**30:.0f} GiB"
+            )
     draws = elbo_draws(policy, batch, masks, slice_size=slice_size)
     loss = loss_of(draws)
     loss.value.backward()

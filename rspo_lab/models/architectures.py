@@ -1,8 +1,10 @@
-"""Native transformers classes of masked diffusion models, registered for `from_pretrained`; no remote code.
+"""Native transformers classes of masked diffusion models, registered for `from_pretrained`; no
+remote code.
 
-Each is a stock decoder without its causal mask.  LLaDA (arXiv:2502.09992) is Llama under other names: those of its config.json
-and of its tensors are translated here, and no tensor is transposed, fused or permuted.  Dream (arXiv:2508.15487) is Qwen2 whose
-state at position i - 1 gives the logits of position i.  A2D-Qwen3 (dllm, github.com/ZHZisZZ/dllm) is Qwen3.
+Each is a stock decoder without its causal mask.  LLaDA (arXiv:2502.09992) is Llama under other
+names: those of its config.json and of its tensors are translated here, and no tensor is transposed,
+fused or permuted.  Dream (arXiv:2508.15487) is Qwen2 whose state at position i - 1 gives the logits
+of position i.  A2D-Qwen3 (dllm, github.com/ZHZisZZ/dllm) is Qwen3.
 """
 
 from pathlib import Path
@@ -23,21 +25,44 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 LLAMA_FIELD = {  # of each field of LLaDA's config.json that says how large the model is
-    "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
-    "mlp_hidden_size": "intermediate_size", "max_sequence_length": "max_position_embeddings", "weight_tying": "tie_word_embeddings",
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "mlp_hidden_size": "intermediate_size",
+    "max_sequence_length": "max_position_embeddings",
+    "weight_tying": "tie_word_embeddings",
     "rms_norm_eps": "rms_norm_eps",
-}  # fmt: skip
-LLAMA_SHAPED = {  # what the other fields must say for the network to be Llama's; the first six may not be left out
-    "block_type": ("llama",), "layer_norm_type": ("rms",), "activation_type": ("silu",), "rope": (True,), "include_bias": (False,),
-    "alibi": (False,), "include_qkv_bias": (False, None), "bias_for_layer_norm": (False, None), "layer_norm_with_affine": (True, None),
-    "attention_layer_norm": (False, None), "input_emb_norm": (False, None), "scale_logits": (False, None), "clip_qkv": (None,),
+}
+# what the other fields must say for the network to be Llama's; the first six may not be left out
+LLAMA_SHAPED = {
+    "block_type": ("llama",),
+    "layer_norm_type": ("rms",),
+    "activation_type": ("silu",),
+    "rope": (True,),
+    "include_bias": (False,),
+    "alibi": (False,),
+    "include_qkv_bias": (False, None),
+    "bias_for_layer_norm": (False, None),
+    "layer_norm_with_affine": (True, None),
+    "attention_layer_norm": (False, None),
+    "input_emb_norm": (False, None),
+    "scale_logits": (False, None),
+    "clip_qkv": (None,),
     "block_group_size": (1, None),
-}  # fmt: skip
-LLAMA_MODULE = {  # of each module of a LLaDA block; both of its gated halves are matrices of their own
-    "attn_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
-    "attn_out": "self_attn.o_proj", "ff_norm": "post_attention_layernorm", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
+}
+# of each module of a LLaDA block; both of its gated halves are matrices of their own
+LLAMA_MODULE = {
+    "attn_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
     "ff_out": "mlp.down_proj",
-}  # fmt: skip
+}
 
 
 class _Bidirectional:
@@ -51,13 +76,17 @@ class _Bidirectional:
 
 
 class LladaConfig(_Bidirectional, LlamaConfig):
-    """Llama's fields; a config.json with LLaDA's own is translated, and refused where the network is not Llama's."""
+    """Llama's fields; a config.json with LLaDA's own is translated, and refused where the network
+    is not Llama's.
+    """
 
     model_type = "llada"
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        return super().from_dict(_llama_fields(config_dict) if "d_model" in config_dict else config_dict, **kwargs)
+        return super().from_dict(
+            _llama_fields(config_dict) if "d_model" in config_dict else config_dict, **kwargs
+        )
 
 
 class DreamConfig(_Bidirectional, Qwen2Config):
@@ -81,7 +110,10 @@ class A2DQwen3ForMaskedLM(Qwen3ForCausalLM):
     config_class = A2DQwen3Config
 
 
-MODELS = {cls.config_class.model_type: cls for cls in (LladaForMaskedLM, DreamForMaskedLM, A2DQwen3ForMaskedLM)}
+MODELS = {
+    cls.config_class.model_type: cls
+    for cls in (LladaForMaskedLM, DreamForMaskedLM, A2DQwen3ForMaskedLM)
+}
 for model_type, cls in MODELS.items():
     AutoConfig.register(model_type, cls.config_class, exist_ok=True)
     AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
@@ -91,7 +123,10 @@ register_checkpoint_conversion_mapping(
         WeightRenaming("model.transformer.wte", "model.embed_tokens"),
         WeightRenaming("model.transformer.ln_f", "model.norm"),
         WeightRenaming("model.transformer.ff_out", "lm_head"),
-        *(WeightRenaming(rf"model.transformer.blocks.(\d+).{old}", rf"model.layers.\1.{new}") for old, new in LLAMA_MODULE.items()),
+        *(
+            WeightRenaming(rf"model.transformer.blocks.(\d+).{old}", rf"model.layers.\1.{new}")
+            for old, new in LLAMA_MODULE.items()
+        ),
     ],
     overwrite=True,
 )
@@ -100,32 +135,54 @@ register_checkpoint_conversion_mapping(
 def read_config(name: str | Path) -> PreTrainedConfig:
     """The config of a bidirectional model in a folder or on the hub, in transformers' field names.
 
-    Raises ValueError for a causal model, a model_type without a native class, and a LLaDA variant that is not Llama-shaped.
+    Raises ValueError for a causal model, a model_type without a native class, and a LLaDA variant
+    that is not Llama-shaped.
     """
     fields, _ = PreTrainedConfig.get_config_dict(name)
     kind = fields.get("model_type")
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"{name} has model_type {kind!r}, for which there is no native class; there are {', '.join(MODELS)}")
+        raise ValueError(
+            f"{name} has model_type {kind!r}, for which there is no native class; there are {', '.join(MODELS)}"
+        )
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if getattr(config, "is_causal", True):
-        raise ValueError(f"{name} is causal, a {kind!r}: a diffusion model needs bidirectional attention, as {', '.join(MODELS)} have it")
+        raise ValueError(
+            f"{name} is causal, a {kind!r}: a diffusion model needs bidirectional attention, as {', '.join(MODELS)} have it"
+        )
     return config
 
 
 def _llama_fields(llada: dict) -> dict:
-    """Llama's config fields from LLaDA's; where one is left out, the value that LLaDA's own ModelConfig gives it."""
+    """Llama's config fields from LLaDA's; where one is left out, the value that LLaDA's own
+    ModelConfig gives it.
+    """
     wrong = [f for f, allowed in LLAMA_SHAPED.items() if llada.get(f) not in allowed]
     if wrong:
-        found, wanted = ({f: values.get(f, "left out") for f in wrong} for values in (llada, {f: v[0] for f, v in LLAMA_SHAPED.items()}))
-        raise ValueError(f"a LLaDA variant that is not Llama-shaped: {found} where {wanted} is needed")
+        found, wanted = (
+            {f: values.get(f, "left out") for f in wrong}
+            for values in (llada, {f: v[0] for f, v in LLAMA_SHAPED.items()})
+        )
+        raise ValueError(
+            f"a LLaDA variant that is not Llama-shaped: {found} where {wanted} is needed"
+        )
     given = {field: value for field, value in llada.items() if value is not None}
     given.setdefault("n_kv_heads", 1 if given.get("multi_query_attention") else given["n_heads"])
     given.setdefault("mlp_hidden_size", given.get("mlp_ratio", 4) * given["d_model"])
     given = {"weight_tying": True, "rms_norm_eps": 1e-5} | given
-    kept = {field: llada.get(field) for field in ("model_type", "mask_token_id", "eos_token_id", "pad_token_id")}
-    return {new: given[old] for old, new in LLAMA_FIELD.items()} | kept | {
-        "vocab_size": given.get("embedding_size", given["vocab_size"]),
-        "bos_token_id": None,
-        "dtype": llada.get("torch_dtype"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": given.get("rope_theta", 10000.0)},
-    }  # fmt: skip
+    kept = {
+        field: llada.get(field)
+        for field in ("model_type", "mask_token_id", "eos_token_id", "pad_token_id")
+    }
+    return (
+        {new: given[old] for old, new in LLAMA_FIELD.items()}
+        | kept
+        | {
+            "vocab_size": given.get("embedding_size", given["vocab_size"]),
+            "bos_token_id": None,
+            "dtype": llada.get("torch_dtype"),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": given.get("rope_theta", 10000.0),
+            },
+        }
+    )

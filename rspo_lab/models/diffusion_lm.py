@@ -1,6 +1,8 @@
-"""The diffusion model: a Hugging Face transformer made bidirectional, scored and sampled through one small wrapper.
+"""The diffusion model: a Hugging Face transformer made bidirectional, scored and sampled through
+one small wrapper.
 
-Shapes: B sequences, P prompt tokens (left-padded), L completion tokens, V vocabulary.  Log-probabilities in nats.
+Shapes: B sequences, P prompt tokens (left-padded), L completion tokens, V vocabulary.
+Log-probabilities in nats.
 """
 
 import copy
@@ -14,12 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-from rspo_lab.models.architectures import LladaConfig, read_config
 from rspo_lab.batch import Batch
-from rspo_lab.models.vocabulary_head import head_logits, token_logp
+from rspo_lab.distributed import ALONE, whole
+from rspo_lab.models.architectures import LladaConfig, read_config
 from rspo_lab.models.kv_cache import Held
 from rspo_lab.models.tokenizer import char_tokenizer, read_tokenizer
-from rspo_lab.distributed import ALONE, whole
+from rspo_lab.models.vocabulary_head import head_logits, token_logp
 
 if not sys.stderr.isatty():  # bars only where somebody watches them move
     hf_logging.disable_progress_bar()
@@ -27,24 +29,34 @@ if not sys.stderr.isatty():  # bars only where somebody watches them move
 DATA = Path(__file__).parents[2] / "data"
 LORA_TARGETS = {
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "d1": ["q_proj", "k_proj", "v_proj", "up_proj"],  # the four of d1's seven names that exist in LLaDA's blocks
+    "d1": [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "up_proj",
+    ],  # the four of d1's seven names that exist in LLaDA's blocks
 }
 
 
 class DiffusionLM(nn.Module):
     """A bidirectional transformer with its tokenizer, as a denoiser and as the sampler's logits.
 
-    `forward(batch, hidden)` is the denoiser that estimators and oracle call; it puts the head on the hidden rows only.
-    Ids that stand for no text (the mask, ids beyond the tokenizer) have probability 0 in scores and samples alike.
-    Where a model's state at position i - 1 gives the logits of i (Dream), both shift; position 0 then keeps its own state.
+    `forward(batch, hidden)` is the denoiser that estimators and oracle call; it puts the head on
+    the hidden rows only. Ids that stand for no text (the mask, ids beyond the tokenizer) have
+    probability 0 in scores and samples alike. Where a model's state at position i - 1 gives the
+    logits of i (Dream), both shift; position 0 then keeps its own state.
     """
 
     def __init__(self, hf: nn.Module, tokenizer: PreTrainedTokenizerFast):
         super().__init__()
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer needs a mask token and a pad token: set tokenizer.mask_token and .pad_token")
+            raise ValueError(
+                "the tokenizer needs a mask token and a pad token: set tokenizer.mask_token and .pad_token"
+            )
         self.hf, self.tokenizer, self.mask_id = hf, tokenizer, tokenizer.mask_token_id
-        self.world = ALONE  # in a world of several processes each call of `forward` shares out its rows
+        self.world = (
+            ALONE  # in a world of several processes each call of `forward` shares out its rows
+        )
         banned = torch.ones(hf.config.vocab_size, dtype=torch.bool)
         banned[list(tokenizer.get_vocab().values())] = False
         banned[self.mask_id] = True
@@ -65,20 +77,37 @@ class DiffusionLM(nn.Module):
         batch, hidden = batch.rows(mine), hidden[mine]
         ids = torch.cat([batch.prompt, batch.completion.masked_fill(hidden, self.mask_id)], 1)
         states = self._states(ids, batch.prompt_valid)[:, batch.prompt.shape[1] :]
-        logp = token_logp(states[hidden], self._base.lm_head.weight, batch.completion[hidden], self.banned)
+        logp = token_logp(
+            states[hidden], self._base.lm_head.weight, batch.completion[hidden], self.banned
+        )
         return self.world.gather(logp.new_zeros(hidden.shape).masked_scatter(hidden, logp), rows)
 
     @torch.no_grad()
-    def logits(self, ids: Int[Tensor, "B S"], prompt_valid: Bool[Tensor, "B P"], start: int, stop: int) -> Float[Tensor, "B n V"]:
-        """Logits of positions start..stop given all of `ids`, each process its own; -inf where an id stands for no text."""
-        return head_logits(self._states(ids, prompt_valid)[:, start:stop], self._base.lm_head.weight, self.banned)
+    def logits(
+        self, ids: Int[Tensor, "B S"], prompt_valid: Bool[Tensor, "B P"], start: int, stop: int
+    ) -> Float[Tensor, "B n V"]:
+        """Logits of positions start..stop given all of `ids`, each process its own; -inf where an
+        id stands for no text.
+        """
+        return head_logits(
+            self._states(ids, prompt_valid)[:, start:stop], self._base.lm_head.weight, self.banned
+        )
 
     @torch.no_grad()
-    def hold(self, ids: Int[Tensor, "B S"], prompt_valid: Bool[Tensor, "B P"], start: int, stop: int, *, suffix: bool):
-        """(`logits`, a function that gives them again for ids that differ in start..stop only), in less time and approximately.
+    def hold(
+        self,
+        ids: Int[Tensor, "B S"],
+        prompt_valid: Bool[Tensor, "B P"],
+        start: int,
+        stop: int,
+        *,
+        suffix: bool,
+    ):
+        """(`logits`, a function that gives them again for ids that differ in start..stop only), in
+        less time and approximately.
 
-        Keys and values of what stands before `start`, and with `suffix` of what stands from `stop` on, stay those of these ids.
-        Exact until the ids change, and where there is one layer.
+        Keys and values of what stands before `start`, and with `suffix` of what stands from `stop`
+        on, stay those of these ids. Exact until the ids change, and where there is one layer.
         """
         held, first = Held(), max(start - getattr(self._base, "shifted", False), 0)
         states = self._states(ids, prompt_valid, held)
@@ -86,31 +115,61 @@ class DiffusionLM(nn.Module):
         where = torch.arange(first, end, device=ids.device)[None]
 
         def again(ids):
-            return self.held_logits(ids[:, first:end], prompt_valid[:, :first], held, where)[:, start - first : stop - first]
+            return self.held_logits(ids[:, first:end], prompt_valid[:, :first], held, where)[
+                :, start - first : stop - first
+            ]
 
         return head_logits(states[:, start:stop], self._base.lm_head.weight, self.banned), again
 
     @torch.no_grad()
-    def held_logits(self, ids: Int[Tensor, "B n"], held_valid: Bool[Tensor, "B P"], held: Held, where: Int[Tensor, "1 n"]):
+    def held_logits(
+        self,
+        ids: Int[Tensor, "B n"],
+        held_valid: Bool[Tensor, "B P"],
+        held: Held,
+        where: Int[Tensor, "1 n"],
+    ):
         """Logits of the ids at positions `where`, beside what is held."""
-        return head_logits(self._states(ids, held_valid, held, position_ids=where), self._base.lm_head.weight, self.banned)
+        return head_logits(
+            self._states(ids, held_valid, held, position_ids=where),
+            self._base.lm_head.weight,
+            self.banned,
+        )
 
     def _states(self, ids, prompt_valid, held=None, **more):
         mask = None
         if not prompt_valid.all():
             keys = ids.shape[1] + (held.get_seq_length() if held else 0)
-            mask = torch.cat([prompt_valid, prompt_valid.new_ones(len(ids), keys - prompt_valid.shape[1])], 1)
-            if self._base.config._attn_implementation == "sdpa":  # takes a mask that broadcasts over queries as it is
+            mask = torch.cat(
+                [prompt_valid, prompt_valid.new_ones(len(ids), keys - prompt_valid.shape[1])], 1
+            )
+            if (
+                self._base.config._attn_implementation == "sdpa"
+            ):  # takes a mask that broadcasts over queries as it is
                 mask = mask[:, None, None, :]
         with self.precision():
-            found = self._base.model(input_ids=ids, attention_mask=mask, past_key_values=held, use_cache=held is not None, **more)
+            found = self._base.model(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=held,
+                use_cache=held is not None,
+                **more,
+            )
         states = found.last_hidden_state
-        return torch.cat([states[:, :1], states[:, :-1]], 1) if getattr(self._base, "shifted", False) else states
+        return (
+            torch.cat([states[:, :1], states[:, :-1]], 1)
+            if getattr(self._base, "shifted", False)
+            else states
+        )
 
     def precision(self) -> torch.autocast:
-        """The context of a forward of `hf`: adapters, kept in float32 for the optimizer, multiply in a base's half precision."""
+        """The context of a forward of `hf`: adapters, kept in float32 for the optimizer, multiply
+        in a base's half precision.
+        """
         dtype = self._base.lm_head.weight.dtype
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.adapted and dtype.itemsize == 2)
+        return torch.autocast(
+            self.device.type, dtype=dtype, enabled=self.adapted and dtype.itemsize == 2
+        )
 
     @property
     def _base(self):
@@ -124,13 +183,20 @@ class DiffusionLM(nn.Module):
                 why = "it holds the mask token or an unknown character (is the model one for this task?)"
                 raise ValueError(f"the tokenizer cannot write {text[:60]!r}: {why}")
         width = max(len(row) for row in rows)
-        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+        ids = torch.tensor(
+            [[self.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
+        )
         text = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
         return ids.to(self.device), text.to(self.device)
 
     def encode_canvas(self, canvases: list[str]) -> Int[Tensor, "B L"]:
-        """Completions to start decoding from, one token a character, the mask id for each "?"; all of one length."""
-        rows = [[self.mask_id if c == "?" else self.tokenizer.convert_tokens_to_ids(c) for c in canvas] for canvas in canvases]
+        """Completions to start decoding from, one token a character, the mask id for each "?"; all
+        of one length.
+        """
+        rows = [
+            [self.mask_id if c == "?" else self.tokenizer.convert_tokens_to_ids(c) for c in canvas]
+            for canvas in canvases
+        ]
         return torch.tensor(rows, device=self.device)
 
     def decode(self, completion: Int[Tensor, "B L"]) -> list[str]:
@@ -138,17 +204,28 @@ class DiffusionLM(nn.Module):
         end, texts = self.tokenizer.eos_token_id, []
         for row in completion.tolist():
             row = row[: row.index(end)] if end in row else row
-            texts.append(self.tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            texts.append(
+                self.tokenizer.decode(
+                    row, skip_special_tokens=False, clean_up_tokenization_spaces=False
+                )
+            )
         return texts
 
     def save(self, folder: Path, *, original_names: bool = False) -> None:
         """Model (or adapter) and tokenizer as an ordinary Hugging Face checkpoint in safetensors.
 
-        `original_names` writes a LLaDA's tensors under LLaDA's names instead of Llama's, which its own code reads once its
-        own config.json takes the place of ours; `load` reads both.  The other models' names are their original ones.
+        `original_names` writes a LLaDA's tensors under LLaDA's names instead of Llama's, which its
+        own code reads once its own config.json takes the place of ours; `load` reads both.  The
+        other models' names are their original ones.
         """
-        wanted = {name: t for name, t in self.hf.state_dict().items() if "lora_" in name or not self.adapted}
-        state = whole(wanted, keep=self.world.rank == 0)  # under FSDP2 all processes bring their parts together, and the first one writes
+        wanted = {
+            name: t
+            for name, t in self.hf.state_dict().items()
+            if "lora_" in name or not self.adapted
+        }
+        state = whole(
+            wanted, keep=self.world.rank == 0
+        )  # under FSDP2 all processes bring their parts together, and the first one writes
         if self.world.rank:
             return
         if self.adapted:  # adapters never hold embeddings; "auto" would ask the hub
@@ -158,33 +235,58 @@ class DiffusionLM(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
 
-def load(name: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> DiffusionLM:
-    """A checkpoint from a local folder, one of the project's own (`base-sudoku`), or a hub name; strict about what it finds.
+def load(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> DiffusionLM:
+    """A checkpoint from a local folder, one of the project's own (`base-sudoku`), or a hub name;
+    strict about what it finds.
 
-    LLaDA, Dream and A2D-Qwen3 are read in their published layout or in transformers', without any code of theirs.  A folder
-    of LoRA adapters, as training saves them, is loaded on top of the base that it names.  device: "auto" is cuda where there
-    is one, else the CPU.  attention: a name that transformers knows, "sdpa", "eager", "flash_attention_2" ...
+    LLaDA, Dream and A2D-Qwen3 are read in their published layout or in transformers', without any
+    code of theirs.  A folder of LoRA adapters, as training saves them, is loaded on top of the base
+    that it names.  device: "auto" is cuda where there is one, else the CPU.  attention: a name that
+    transformers knows, "sdpa", "eager", "flash_attention_2" ...
 
-    Raises FileNotFoundError for a folder or a tokenizer that is not there, ValueError for tensors that are missing,
-    unexpected, of another shape or pickled, for a causal model, and for an architecture that has no native class.
+    Raises FileNotFoundError for a folder or a tokenizer that is not there, ValueError for tensors
+    that are missing, unexpected, of another shape or pickled, for a causal model, and for an
+    architecture that has no native class.
     """
     name, device = find(name), _device(device)
     if (Path(name) / "adapter_config.json").is_file():
         from peft import PeftModel
 
-        base_name = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base_name = json.loads((Path(name) / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
         base = load(base_name, device=device, dtype=dtype, attention=attention)
-        base.hf = PeftModel.from_pretrained(base.hf, name, is_trainable=True).eval()  # without the dropout that its training may have had
+        base.hf = PeftModel.from_pretrained(
+            base.hf, name, is_trainable=True
+        ).eval()  # without the dropout that its training may have had
         return _adapted(base)
     config = read_config(name)
     tokenizer = read_tokenizer(name, config)
     if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
-        raise ValueError(f"no safetensors in {name}: pickled weights (.bin) can run code and are not read; save them as safetensors")
+        raise ValueError(
+            f"no safetensors in {name}: pickled weights (.bin) can run code and are not read; save them as safetensors"
+        )
     hf, found = AutoModelForCausalLM.from_pretrained(
-        name, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True,
-        trust_remote_code=False, ignore_mismatched_sizes=True,  # which are reported and refused with the others below
-    )  # fmt: skip
-    wrong = {kind: sorted(map(str, found[kind]))[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[kind]}
+        name,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # which are reported and refused with the others below
+    )
+    wrong = {
+        kind: sorted(map(str, found[kind]))[:3]
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if found[kind]
+    }
     if wrong:
         raise ValueError(f"{name} is not a checkpoint of {type(hf).__name__}: {wrong}")
     model = DiffusionLM(hf.eval(), tokenizer).to(device)
@@ -193,36 +295,71 @@ def load(name: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.f
 
 
 def find(name: str | Path) -> str | Path:
-    """The folder of a checkpoint if there is one, else what can only be a hub name, "owner/model"; or FileNotFoundError."""
+    """The folder of a checkpoint if there is one, else what can only be a hub name, "owner/model";
+    or FileNotFoundError.
+    """
     for folder in (Path(name), DATA / name):
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return folder
     if Path(name).is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
-        raise FileNotFoundError(f"no model at {name}: give a folder with config.json, one of data/base-*, or a hub name owner/model")
+        raise FileNotFoundError(
+            f"no model at {name}: give a folder with config.json, one of data/base-*, or a hub name owner/model"
+        )
     return name
 
 
 def tiny(chars: str, *, seed: int, layers: int = 3, width: int = 96) -> DiffusionLM:
-    """A freshly initialised small model over a character vocabulary; about 335k parameters by default."""
-    return untrained(char_tokenizer(chars), seed=seed, layers=layers, width=width, heads=4, ffn=8 * width // 3, positions=256)
+    """A freshly initialised small model over a character vocabulary; about 335k parameters by
+    default.
+    """
+    return untrained(
+        char_tokenizer(chars),
+        seed=seed,
+        layers=layers,
+        width=width,
+        heads=4,
+        ffn=8 * width // 3,
+        positions=256,
+    )
 
 
 def untrained(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, layers: int, width: int, heads: int, ffn: int, positions: int,
-    device: str = "cpu", dtype: torch.dtype = torch.float32,
-) -> DiffusionLM:  # fmt: skip
-    """A freshly initialised model of LLaDA's architecture, made on its device and in its dtype: there is no copy in another.
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    layers: int,
+    width: int,
+    heads: int,
+    ffn: int,
+    positions: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> DiffusionLM:
+    """A freshly initialised model of LLaDA's architecture, made on its device and in its dtype:
+    there is no copy in another.
 
     ffn: width of the gated layer; positions: the longest sequence.
     """
     device = torch.device(_device(device))
     config = LladaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, max_position_embeddings=positions, tie_word_embeddings=False, mask_token_id=tokenizer.mask_token_id,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+        mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
     on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_gpu else []), device:  # transformers initialises from the global generator
+    with (
+        torch.random.fork_rng(devices=[device] if on_gpu else []),
+        device,
+    ):  # transformers initialises from the global generator
         (torch.cuda if on_gpu else torch.default_generator).manual_seed(seed)
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     _assert_bidirectional(hf, "the untrained model")
@@ -238,10 +375,18 @@ def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: 
 
     if preset not in LORA_TARGETS:
         raise ValueError(f"lora must be one of {', '.join(LORA_TARGETS)}, not {preset!r}")
-    names = {name.rsplit(".", 1)[-1] for name, module in model.hf.named_modules() if isinstance(module, nn.Linear)}
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.hf.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     if absent := [target for target in LORA_TARGETS[preset] if target not in names]:
-        raise ValueError(f"LoRA targets {absent} name no matrix of this model; it has {sorted(names)}")
-    lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS[preset])
+        raise ValueError(
+            f"LoRA targets {absent} name no matrix of this model; it has {sorted(names)}"
+        )
+    lora = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS[preset]
+    )
     with torch.random.fork_rng(devices=[]):  # peft initialises from the global generator
         torch.default_generator.manual_seed(seed)
         model.hf = get_peft_model(model.hf, lora).eval()
@@ -257,7 +402,9 @@ def _adapted(model: DiffusionLM) -> DiffusionLM:
 
 
 def shard(model: DiffusionLM) -> None:
-    """Spreads the weights over the processes of a world, layer by layer (FSDP2); then no parts of it may be called by themselves."""
+    """Spreads the weights over the processes of a world, layer by layer (FSDP2); then no parts of
+    it may be called by themselves.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -269,7 +416,9 @@ def shard(model: DiffusionLM) -> None:
 
 
 def reference_of(model: DiffusionLM):
-    """The frozen policy of this moment as a denoiser: adapters switched off under LoRA, else a copy."""
+    """The frozen policy of this moment as a denoiser: adapters switched off under LoRA, else a
+    copy.
+    """
     if not model.adapted:
         frozen = copy.deepcopy(model).requires_grad_(False)
         return torch.no_grad()(frozen)
@@ -296,4 +445,6 @@ def _assert_bidirectional(hf: nn.Module, name: str) -> None:
     with torch.no_grad():
         first = hf(input_ids=ids, use_cache=False).logits[:, 0].float()
     if torch.equal(first[0], first[1]):
-        raise ValueError(f"{name} is causal: a diffusion model needs bidirectional attention (config.is_causal = false)")
+        raise ValueError(
+            f"{name} is causal: a diffusion model needs bidirectional attention (config.is_causal = false)"
+        )

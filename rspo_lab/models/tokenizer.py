@@ -1,4 +1,6 @@
-"""Tokenizers: one a character, built in code, and those that checkpoints bring; mask, pad and end-of-text ids for all."""
+"""Tokenizers: one a character, built in code, and those that checkpoints bring; mask, pad and
+end-of-text ids for all.
+"""
 
 from pathlib import Path
 
@@ -15,34 +17,61 @@ def char_tokenizer(chars: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "mask_token": "<mask>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, padding_side="left", **names)
+    names = {
+        "pad_token": "<pad>",
+        "eos_token": "<eos>",
+        "mask_token": "<mask>",
+        "unk_token": "<unk>",
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, padding_side="left", **names
+    )
 
 
 def read_tokenizer(name: str | Path, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint; a mask, pad or end-of-text token that it does not name is the one of `config`.
+    """The tokenizer of a checkpoint; a mask, pad or end-of-text token that it does not name is the
+    one of `config`.
 
-    Dream's own class is Python code in its folder; what it does is Qwen2's byte-level BPE, which is used in its place.
+    Dream's own class is Python code in its folder; what it does is Qwen2's byte-level BPE, which is
+    used in its place.
 
-    Raises FileNotFoundError for a folder without a vocabulary, ValueError for a mask token that is missing or not the
-    same in both places, for a missing pad or end-of-text token, and for an id that the model has no row for.
+    Raises FileNotFoundError for a folder without a vocabulary, ValueError for a mask token that is
+    missing or not the same in both places, for a missing pad or end-of-text token, and for an id
+    that the model has no row for.
     """
-    if Path(name).is_dir() and not any(all((Path(name) / file).is_file() for file in files) for files in FILES):
-        raise FileNotFoundError(f"no tokenizer in {name}: it needs tokenizer.json, or vocab.json and merges.txt")
+    if Path(name).is_dir() and not any(
+        all((Path(name) / file).is_file() for file in files) for files in FILES
+    ):
+        raise FileNotFoundError(
+            f"no tokenizer in {name}: it needs tokenizer.json, or vocab.json and merges.txt"
+        )
     kind = Qwen2Tokenizer if config.model_type == "Dream" else AutoTokenizer
     tokenizer = kind.from_pretrained(name, trust_remote_code=False)
-    tokenizer.init_kwargs.pop("auto_map", None)  # names a Python file that a saved folder would not hold
+    tokenizer.init_kwargs.pop(
+        "auto_map", None
+    )  # names a Python file that a saved folder would not hold
     for role in ("mask", "pad", "eos"):
-        given, stated = getattr(tokenizer, f"{role}_token_id"), getattr(config, f"{role}_token_id", None)
+        given, stated = (
+            getattr(tokenizer, f"{role}_token_id"),
+            getattr(config, f"{role}_token_id", None),
+        )
         if given is None and stated is None:
-            raise ValueError(f"{name} names no {role} token: set {role}_token_id in config.json or {role}_token in tokenizer_config.json")
+            raise ValueError(
+                f"{name} names no {role} token: set {role}_token_id in config.json or {role}_token in tokenizer_config.json"
+            )
         if role == "mask" and None not in (given, stated) and given != stated:
-            raise ValueError(f"{name} has two mask tokens: id {given} in the tokenizer, {stated} in config.json")
+            raise ValueError(
+                f"{name} has two mask tokens: id {given} in the tokenizer, {stated} in config.json"
+            )
         if given is None:
             token = tokenizer.convert_ids_to_tokens(stated)
             if token is None:
-                raise ValueError(f"{name} has {role}_token_id {stated} in config.json, which is no token of its tokenizer")
+                raise ValueError(
+                    f"{name} has {role}_token_id {stated} in config.json, which is no token of its tokenizer"
+                )
             setattr(tokenizer, f"{role}_token", token)
     if (last := max(tokenizer.get_vocab().values())) >= config.vocab_size:
-        raise ValueError(f"{name} has a tokenizer with ids up to {last}, and a model of {config.vocab_size} ids")
+        raise ValueError(
+            f"{name} has a tokenizer with ids up to {last}, and a model of {config.vocab_size} ids"
+        )
     return tokenizer

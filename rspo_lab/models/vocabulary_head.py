@@ -1,6 +1,8 @@
-"""The vocabulary head: log-probabilities of given tokens without ever holding the logits of many rows.
+"""The vocabulary head: log-probabilities of given tokens without ever holding the logits of many
+rows.
 
-Shapes: n rows (hidden tokens), H width of a state, V vocabulary.  Log-probabilities in nats, in float32 or wider.
+Shapes: n rows (hidden tokens), H width of a state, V vocabulary.  Log-probabilities in nats, in
+float32 or wider.
 """
 
 import torch
@@ -11,28 +13,41 @@ from torch.autograd.function import once_differentiable
 CHUNK = 2**26  # logits held at a time: 256 MiB in float32, 530 rows of LLaDA's vocabulary
 
 
-def head_logits(states: Float[Tensor, "*n H"], weight: Float[Tensor, "V H"], banned: Bool[Tensor, " V"]) -> Float[Tensor, "*n V"]:
+def head_logits(
+    states: Float[Tensor, "*n H"], weight: Float[Tensor, "V H"], banned: Bool[Tensor, " V"]
+) -> Float[Tensor, "*n V"]:
     """Logits in float32 or wider; -inf where an id is banned."""
     return _wide(torch.nn.functional.linear(states, weight)).masked_fill(banned, -torch.inf)
 
 
 def token_logp(
-    states: Float[Tensor, "n H"], weight: Float[Tensor, "V H"], targets: Int[Tensor, " n"], banned: Bool[Tensor, " V"], chunk: int = CHUNK
+    states: Float[Tensor, "n H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, " n"],
+    banned: Bool[Tensor, " V"],
+    chunk: int = CHUNK,
 ) -> Float[Tensor, " n"]:
-    """log softmax(states @ weight.T)[targets] over the ids that are not banned; `chunk` is the number of logits held at a time.
+    """log softmax(states @ weight.T)[targets] over the ids that are not banned; `chunk` is the
+    number of logits held at a time.
 
-    Up to `chunk` logits in all go through autograd as they are.  Above it the rows are cut into pieces, forward and
-    backward, and logits are computed again for the gradient: one more product with the weight, and memory that does not
-    grow with n * V.  The gradient is exact (no small term is dropped); one to a weight in half precision is summed over the
-    pieces in that precision, and a frozen weight gets and costs none.
+    Up to `chunk` logits in all go through autograd as they are.  Above it the rows are cut into
+    pieces, forward and
+    backward, and logits are computed again for the gradient: one more product with the weight, and
+    memory that does not grow with n * V.  The gradient is exact (no small term is dropped); one to
+    a weight in half precision is summed over the pieces in that precision, and a frozen weight gets
+    and costs none.
     """
     if len(targets) * len(weight) <= chunk:
-        return head_logits(states, weight, banned).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        return (
+            head_logits(states, weight, banned).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        )
     return _TokenLogp.apply(states, weight, targets, banned, max(1, chunk // len(weight)))
 
 
 class _TokenLogp(torch.autograd.Function):
-    """d logp_t / d logits_v = 1[v = t] - p_v: the backward needs the states and each row's logsumexp, not the logits."""
+    """d logp_t / d logits_v = 1[v = t] - p_v: the backward needs the states and each row's
+    logsumexp, not the logits.
+    """
 
     @staticmethod
     def forward(ctx, states, weight, targets, banned, rows):

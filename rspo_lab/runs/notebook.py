@@ -1,7 +1,9 @@
-"""One strict headless execution of a notebook: Papermill inside a run directory, with an outcome that can be trusted.
+"""One strict headless execution of a notebook: Papermill inside a run directory, with an outcome
+that can be trusted.
 
-Success is `run.finish()` in the last cell AND a clean return of Papermill, whose own notebook metadata call a dead kernel
-"completed".  Heavy imports: the command line validates with `parameters` first.
+Success is `run.finish()` in the last cell AND a clean return of Papermill, whose own notebook
+metadata call a dead kernel "completed".  Heavy imports: the command line validates with
+`parameters` first.
 """
 
 import logging
@@ -18,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# jsonschema's optional check of IRIs, which no notebook needs, builds a grammar as it is imported: 2.5 of 3.3 seconds
+# jsonschema's optional check of IRIs, which no notebook needs, builds a grammar as it is imported:
+# 2.5 of 3.3 seconds
 sys.modules.setdefault("rfc3987_syntax", None)
 import papermill  # noqa: E402
 from jupyter_client.kernelspec import KernelSpecManager  # noqa: E402
@@ -42,7 +45,8 @@ REPORT_S = 5  # seconds between progress lines, at least
 class Outcome:
     """How a run ended.
 
-    Codes: 0 done; 1 cell error, unfinished or no kernel; 124 timeout; 130 stopped or interrupted; 138 kernel died; 143 SIGTERM.
+    Codes: 0 done; 1 cell error, unfinished or no kernel; 124 timeout; 130 stopped or interrupted;
+    138 kernel died; 143 SIGTERM.
     """
 
     path: Path
@@ -54,10 +58,12 @@ class Outcome:
 def run_notebook(
     notebook: Path, given: Mapping[str, Any], *, runs: Path, name: str | None = None, timeout: int | float | None = None,
     report: Callable[[str], None] = print,
-) -> Outcome:  # fmt: skip
-    """Run a notebook in <runs>/<name>/<key> unless it is done there; `timeout` is seconds for the whole run.
+) -> Outcome:
+    """Run a notebook in <runs>/<name>/<key> unless it is done there; `timeout` is seconds for the
+    whole run.
 
-    ParameterError, RunError and FileNotFoundError are raised before anything runs; everything later is in the Outcome.
+    ParameterError, RunError and FileNotFoundError are raised before anything runs; everything later
+    is in the Outcome.
     """
     notebook = notebook.resolve()
     params = complete(declared(notebook), given)
@@ -95,7 +101,9 @@ def _remove(path: Path, runs: Path) -> None:
 
 
 def _attempt(notebook: Path, given: Mapping[str, Any], path: Path, timeout: int | float | None) -> tuple[str, str, int] | None:
-    """Execute, once more if the kernel does not start; None, or the kind, message and exit code of the failure."""
+    """Execute, once more if the kernel does not start; None, or the kind, message and exit code of
+    the failure.
+    """
     deadline = time.monotonic() + timeout if timeout is not None else None
     try:
         try:
@@ -106,7 +114,8 @@ def _attempt(notebook: Path, given: Mapping[str, Any], path: Path, timeout: int 
             _execute(notebook, given, path, deadline)
     except PapermillExecutionError as error:
         line = (str(error.evalue).strip().splitlines() or [""])[0][:300]
-        if error.ename in BAD_INPUT and "start_run(" in str(error.source):  # the opening cell checks what it was given
+        # the opening cell checks what it was given
+        if error.ename in BAD_INPUT and "start_run(" in str(error.source):
             return "input", line, 2
         return "cell", f"{error.ename}: {line}", 1
     except CellTimeoutError as error:
@@ -123,9 +132,12 @@ def _attempt(notebook: Path, given: Mapping[str, Any], path: Path, timeout: int 
 
 
 def _execute(notebook: Path, given: Mapping[str, Any], path: Path, deadline: float | None) -> None:
-    """Papermill with a kernel of this interpreter, on sockets in a private directory (shared ones fail when runs start together)."""
+    """Papermill with a kernel of this interpreter, on sockets in a private directory (shared ones
+    fail when runs start together).
+    """
     limit = {"timeout_func": lambda cell: max(deadline - time.monotonic(), 0.01)} if deadline else {}
-    short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"  # a socket's path has at most 107 bytes
+    # a socket's path has at most 107 bytes
+    short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     folder = tempfile.mkdtemp(prefix="rspo-", dir=short)
     env = {
         **os.environ,
@@ -133,27 +145,32 @@ def _execute(notebook: Path, given: Mapping[str, Any], path: Path, deadline: flo
         "RSPO_LAB_NOTEBOOK": str(notebook),
         "RSPO_LAB_HEADLESS": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "IPYTHONDIR": folder,  # no start-up files of the user's, nothing in a home folder that may be read-only
+        # no start-up files of the user's, nothing in a home folder that may be read-only
+        "IPYTHONDIR": folder,
     }
 
     class Kernel(AsyncKernelManager):
         def __init__(self, **options: Any) -> None:
-            native = KernelSpecManager(kernel_dirs=[])  # without other specs python3 is sys.executable
+            # without other specs python3 is sys.executable
+            native = KernelSpecManager(kernel_dirs=[])
             sockets = {"transport": "ipc", "ip": f"{folder}/k", "connection_file": f"{folder}/kernel.json"}
             super().__init__(kernel_spec_manager=native, **sockets, **options)
 
         async def start_kernel(self, **options: Any) -> None:
-            with open(path / "kernel.log", "wb") as output:  # what no cell shows: a crash in C, ipykernel's own complaints
+            # what no cell shows: a crash in C, ipykernel's own complaints
+            with open(path / "kernel.log", "wb") as output:
                 await super().start_kernel(env=env, cwd=str(notebook.parent), stdout=output, stderr=output, **options)
 
     log = logging.getLogger("papermill")
-    log.disabled = True  # it calls `int | None` parameters unknown, and repeats what the outcome says
+    # it calls `int | None` parameters unknown, and repeats what the outcome says
+    log.disabled = True
     try:
         papermill.execute_notebook(
-            *(re.sub("([{}])", r"\1\1", str(file)) for file in (notebook, path / "executed.ipynb")),  # its paths are templates
+            # its paths are templates
+            *(re.sub("([{}])", r"\1\1", str(file)) for file in (notebook, path / "executed.ipynb")),
             parameters=dict(given), kernel_name="python3", language="python", progress_bar=False, autosave_cell_every=30,
             kernel_manager_class=Kernel, start_timeout=600, iopub_timeout=60, **limit,
-        )  # fmt: skip
+        )
     finally:
         log.disabled = False
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,8 @@
 """Parameters of a notebook or a config: what is declared, and whether a given value fits.
 
-A parameter is `name: type = literal  # meaning`.  Values are None, bool, int, float, str, list or dict (JSON), nothing else:
-these cross from a command line through Papermill into a kernel and come out as they went in.
+A parameter is `name: type = literal  # meaning`.  Values are None, bool, int, float, str, list or
+dict (JSON), nothing else: these cross from a command line through Papermill into a kernel and come
+out as they went in.
 """
 
 import ast
@@ -20,12 +21,15 @@ _RESERVED = {"In", "Out", "exit", "quit", "open", "get_ipython"} | {"name", "key
 
 
 class ParameterError(ValueError):
-    """A parameter is unknown, missing, of the wrong type or wrongly declared; the message is one line."""
+    """A parameter is unknown, missing, of the wrong type or wrongly declared; the message is one
+    line.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One declared parameter; `annotation` is source text, such as `int` or `list[float] | None`."""
+    """One declared parameter; `annotation` is source text, such as `int` or `list[float] | None`.
+    """
 
     name: str
     annotation: str
@@ -39,7 +43,9 @@ class Parameter:
 
 
 def declared(notebook: Path | str) -> dict[str, Parameter]:
-    """The parameters a notebook declares, in order: the literal assignments of its cell tagged `parameters`."""
+    """The parameters a notebook declares, in order: the literal assignments of its cell tagged
+    `parameters`.
+    """
     notebook = Path(notebook)
     if not notebook.is_file():
         raise FileNotFoundError(f"no notebook at {notebook}")
@@ -59,7 +65,9 @@ def declared(notebook: Path | str) -> dict[str, Parameter]:
 
 
 def coerce(parameter: Parameter, text: str) -> Any:
-    """The value a command-line text stands for: a JSON or Python literal that fits, else the raw text if a str fits."""
+    """The value a command-line text stands for: a JSON or Python literal that fits, else the raw
+    text if a str fits.
+    """
     for value in [*_literals(text), text]:
         try:
             return check(parameter, value)
@@ -69,7 +77,9 @@ def coerce(parameter: Parameter, text: str) -> Any:
 
 
 def check(parameter: Parameter, value: Any) -> Any:
-    """`value` as plain data in the declared type (an int given for a float becomes one), else ParameterError."""
+    """`value` as plain data in the declared type (an int given for a float becomes one), else
+    ParameterError.
+    """
     try:
         return _fit(_annotation(parameter.annotation), _plain(value))
     except (TypeError, ValueError, OverflowError) as error:
@@ -93,7 +103,8 @@ def complete(parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> d
 
 
 def unknown(name: str, names: Iterable[str]) -> ParameterError:
-    """The error for an undeclared name: what was probably meant, and everything that is declared."""
+    """The error for an undeclared name: what was probably meant, and everything that is declared.
+    """
     names = list(names)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -101,7 +112,9 @@ def unknown(name: str, names: Iterable[str]) -> ParameterError:
 
 
 def _parse(source: str, where: str) -> Iterable[Parameter]:
-    """One Parameter for each line of a parameters cell; anything but a literal assignment is refused."""
+    """One Parameter for each line of a parameters cell; anything but a literal assignment is
+    refused.
+    """
     try:
         body = ast.parse(source).body
     except SyntaxError as error:
@@ -145,7 +158,8 @@ def _literals(text: str) -> Iterable[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON data equal to `value`: numpy scalars and tuples converted, any other kind a TypeError."""
+    """JSON data equal to `value`: numpy scalars and tuples converted, any other kind a TypeError.
+    """
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         value = value.item()
     if type(value) in (list, tuple):
@@ -164,7 +178,9 @@ def _annotation(text: str) -> ast.expr:
 
 
 def _fit(node: ast.expr, value: Any) -> Any:
-    """`value` in the annotated type, else TypeError; annotations are the types above, `list[T]`, `dict[str, T]`, `T | T`."""
+    """`value` in the annotated type, else TypeError; annotations are the types above, `list[T]`,
+    `dict[str, T]`, `T | T`.
+    """
     match node:
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             try:

@@ -15,7 +15,9 @@ _PACKAGES = ("rspo-lab", "torch", "transformers", "peft", "accelerate", "papermi
 
 
 def write_provenance(path: Path, started: str, notebook: Path | None) -> None:
-    """Write provenance.json, and dirty.diff where tracked source differs from the commit, into the run in `path`."""
+    """Write provenance.json, and dirty.diff where tracked source differs from the commit, into the
+    run in `path`.
+    """
     diff = _git("diff", "HEAD")
     if diff:
         with replacing(path / "dirty.diff") as new:
@@ -41,7 +43,9 @@ def write_provenance(path: Path, started: str, notebook: Path | None) -> None:
 
 
 def _git(*words: str) -> str | None:
-    """What git says about this library's source; None where that is not in a repository with a commit."""
+    """What git says about this library's source; None where that is not in a repository with a
+    commit.
+    """
     command = ["git", "-C", str(_SOURCE), *words]
     try:
         return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True).stdout

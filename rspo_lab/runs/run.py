@@ -1,7 +1,9 @@
-"""A run is a directory: opened before anything else, refused if it belongs to other parameters, done when its status says so.
+"""A run is a directory: opened before anything else, refused if it belongs to other parameters,
+done when its status says so.
 
-runs/<name>/<key>/ holds params.json, provenance.json (+ dirty.diff), status.json, executed.ipynb, metrics.jsonl,
-results.parquet and figures/<name>.{png,pdf,csv}.  Every file is replaced whole, never written in place.
+runs/<name>/<key>/ holds params.json, provenance.json (+ dirty.diff), status.json, executed.ipynb,
+metrics.jsonl, results.parquet and figures/<name>.{png,pdf,csv}.  Every file is replaced whole,
+never written in place.
 """
 
 import fcntl
@@ -38,7 +40,9 @@ class RunError(Exception):
 
 
 class Run:
-    """One open run directory.  Training sets `stopped` when the user pressed Stop; `finish` then records it."""
+    """One open run directory.  Training sets `stopped` when the user pressed Stop; `finish` then
+    records it.
+    """
 
     def __init__(self, path: Path, params: Mapping[str, Any], *, writes: bool = True) -> None:
         self.path = path
@@ -57,7 +61,9 @@ class Run:
             self._write()
 
     def figure(self, name: str, figure: "Figure", data: "DataFrame") -> None:
-        """Save a figure as png and pdf with the plotted numbers as csv, and show the png when in IPython."""
+        """Save a figure as png and pdf with the plotted numbers as csv, and show the png when in
+        IPython.
+        """
         if not self._writes:
             return
         folder = self.path / "figures"
@@ -99,10 +105,12 @@ class Run:
 
 
 def start_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
-    """First library call of a notebook, `run = start_run("02_train.ipynb", globals())`: check its parameters, open its run.
+    """First library call of a notebook, `run = start_run("02_train.ipynb", globals())`: check its
+    parameters, open its run.
 
-    An undeclared name is an error on the first start in a kernel (this catches what bare Papermill only warns of); later
-    starts find a Run in the namespace and let the variables of its own cells be.
+    An undeclared name is an error on the first start in a kernel (this catches what bare Papermill
+    only warns of); later starts find a Run in the namespace and let the variables of its own cells
+    be.
     """
     source = _locate(notebook)
     parameters = declared(source)
@@ -113,19 +121,23 @@ def start_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
     if missing := [name for name in parameters if name not in namespace]:
         raise ParameterError(f"{', '.join(missing)} not set: run the parameters cell of {notebook} first")
     params = {name: check(parameter, namespace[name]) for name, parameter in parameters.items()}
-    if "RSPO_LAB_RUN" in os.environ:  # our wrapper made this directory for this kernel, and holds its lock
+    # our wrapper made this directory for this kernel, and holds its lock
+    if "RSPO_LAB_RUN" in os.environ:
         path = Path(os.environ["RSPO_LAB_RUN"])
         _match(path, params)
     else:
         path = run_path(source, params, runs_root(source))
-        for other in set(_HELD) - {path}:  # a kernel has one live run: opening another lets go of the one before
+        # a kernel has one live run: opening another lets go of the one before
+        for other in set(_HELD) - {path}:
             _HELD.pop(other).close()
         claim(path, params)
     return _begin(path, params, source)
 
 
 def open_run(path: Path, params: Mapping[str, Any]) -> Run:
-    """Open (or take up again) a run directory for these parameters; under torchrun only rank 0 locks it and writes."""
+    """Open (or take up again) a run directory for these parameters; under torchrun only rank 0
+    locks it and writes.
+    """
     path = path.resolve()
     if os.environ.get("RANK", "0") != "0":
         return Run(path, params, writes=False)
@@ -157,7 +169,9 @@ def run_path(notebook: Path, params: Mapping[str, Any], root: Path, name: str | 
 
 
 def claim(path: Path, params: Mapping[str, Any]) -> None:
-    """Make and lock a run directory for these parameters, or RunError; held until `release` or the process ends."""
+    """Make and lock a run directory for these parameters, or RunError; held until `release` or the
+    process ends.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         if path not in _HELD:
@@ -180,7 +194,8 @@ def release(path: Path) -> None:
 
 
 def _lock(path: Path) -> IO[str]:
-    """The locked file; a look by `load_runs` may hold the lock for an instant, hence a few tries."""
+    """The locked file; a look by `load_runs` may hold the lock for an instant, hence a few tries.
+    """
     file = open(path / ".lock", "a+")
     for _ in range(5):
         try:
@@ -219,7 +234,8 @@ def _match(path: Path, params: Mapping[str, Any]) -> None:
 
 
 def load_runs(root: Path | str) -> "DataFrame":
-    """One row a run directory under `root`: name, key, state, one column a parameter, progress, error, path.
+    """One row a run directory under `root`: name, key, state, one column a parameter, progress,
+    error, path.
 
     A run that says "running" but whose process is gone is "dead".
     """
@@ -253,7 +269,9 @@ def now() -> str:
 
 
 def _locate(notebook: str) -> Path:
-    """The notebook's source file: named by our wrapper, else found from the working folder or this repository."""
+    """The notebook's source file: named by our wrapper, else found from the working folder or this
+    repository.
+    """
     if "RSPO_LAB_NOTEBOOK" in os.environ:
         source = Path(os.environ["RSPO_LAB_NOTEBOOK"])
         if source.name != notebook:

@@ -1,4 +1,6 @@
-"""Records of training sent to a local trackio project as well, if $RSPO_LAB_TRACK names one; needs the extra `[track]`."""
+"""Records of training sent to a local trackio project as well, if $RSPO_LAB_TRACK names one; needs
+the extra `[track]`.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,10 +13,11 @@ VARIABLE = "RSPO_LAB_TRACK"
 
 @contextmanager
 def tracking(config, path: Path) -> Iterator[Callable[[dict], None]]:
-    """A function that takes the record of a step; without a project, and on all processes but the first, it drops it.
+    """A function that takes the record of a step; without a project, and on all processes but the
+    first, it drops it.
 
-    The run is called as its folder; a resumed one goes on under that name, and repeats the steps since its checkpoint.
-    RuntimeError if trackio is not installed.
+    The run is called as its folder; a resumed one goes on under that name, and repeats the steps
+    since its checkpoint. RuntimeError if trackio is not installed.
     """
     project = os.environ.get(VARIABLE)
     if not project or os.environ.get("RANK", "0") != "0":

@@ -28,8 +28,13 @@ class NotebookJob:
         try:
             report = lambda line: print(line, flush=True)  # noqa: E731
             outcome = run_notebook(
-                Path(self.notebook), self.given, runs=Path(self.root), name=self.name, timeout=self.timeout, report=report
-            )  # fmt: skip
+                Path(self.notebook),
+                self.given,
+                runs=Path(self.root),
+                name=self.name,
+                timeout=self.timeout,
+                report=report,
+            )
         except (OSError, RuntimeError, ValueError, RunError) as error:
             return (2 if isinstance(error, ValueError | RunError) else 1), str(error)
         return outcome.code, outcome.message
@@ -40,7 +45,9 @@ class NotebookJob:
 
 
 class Here:
-    """A job of the debug cluster: run in this process as soon as it is made (submitit's own would start a debugger)."""
+    """A job of the debug cluster: run in this process as soon as it is made (submitit's own would
+    start a debugger).
+    """
 
     def __init__(self, job: NotebookJob) -> None:
         before = dict(os.environ)

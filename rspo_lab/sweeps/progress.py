@@ -1,4 +1,6 @@
-"""Tables of runs: a sweep's points while it runs (on a terminal redrawn in place, elsewhere a line for what changed), and any folder's."""
+"""Tables of runs: a sweep's points while it runs (on a terminal redrawn in place, elsewhere a line
+for what changed), and any folder's.
+"""
 
 import json
 import shutil
@@ -35,8 +37,14 @@ class Board:
             named.setdefault(point.name, []).append(point.given)
         self.varies: dict[str, list[str]] = {}  # by name, the parameters in which its points differ
         for name, alike in named.items():
-            differ = [k for k in dict.fromkeys(k for given in alike for k in given) if len({repr(given.get(k)) for given in alike}) > 1]
-            self.varies[name] = [k for k in differ if k != "trained" or len(named) == 1]  # a long path
+            differ = [
+                k
+                for k in dict.fromkeys(k for given in alike for k in given)
+                if len({repr(given.get(k)) for given in alike}) > 1
+            ]
+            self.varies[name] = [
+                k for k in differ if k != "trained" or len(named) == 1
+            ]  # a long path
 
     def state(self, point: Point) -> str:
         """waiting, queued, running, done, failed, stopped or dead."""
@@ -53,7 +61,16 @@ class Board:
 
     def label(self, point: Point) -> str:
         """The point's name with the parameters that vary."""
-        return " ".join([point.name, *(f"{name}={point.given[name]}" for name in self.varies[point.name] if name in point.given)])
+        return " ".join(
+            [
+                point.name,
+                *(
+                    f"{name}={point.given[name]}"
+                    for name in self.varies[point.name]
+                    if name in point.given
+                ),
+            ]
+        )
 
     def show(self) -> None:
         """Draw what changed."""
@@ -68,7 +85,11 @@ class Board:
             before, when = self.told.get(point.path, (None, 0.0))
             if before is None and state in ("done", "waiting"):  # from the start
                 self.told[point.path] = (text, now)
-            elif text != before and (state != "running" or now - when >= EVERY or not (before or "").startswith("running")):
+            elif text != before and (
+                state != "running"
+                or now - when >= EVERY
+                or not (before or "").startswith("running")
+            ):
                 self.told[point.path] = (text, now)
                 self.said(f"[{done}/{len(self.points)}] {self.label(point)}: {text}")
 
@@ -81,13 +102,21 @@ class Board:
         status = read_json(point.path / "status.json")
         noted, remark = self.noted.get(point.path, ("", ""))
         progress = status.get("progress")
-        ahead = f"{progress['done']}/{progress['total']} {progress['note']}".rstrip() if progress else ""
+        ahead = (
+            f"{progress['done']}/{progress['total']} {progress['note']}".rstrip()
+            if progress
+            else ""
+        )
         if noted and not (noted == "running" and status.get("state") == "done"):
-            return noted, remark or (ahead if noted == "running" and status.get("state") == "running" else "")
+            return noted, remark or (
+                ahead if noted == "running" and status.get("state") == "running" else ""
+            )
         state = status.get("state", "waiting")
         if state == "running" and not alive(point.path):
             state = "dead"
-        return state, status["error"]["message"] if "error" in status and state == "failed" else ahead
+        return state, status["error"][
+            "message"
+        ] if "error" in status and state == "failed" else ahead
 
     def _draw(self) -> None:
         size = shutil.get_terminal_size()
@@ -96,8 +125,13 @@ class Board:
         head = ", ".join(f"{n} {state}" for state, n in counts.items())
         moving = [row for row in rows if row[1] not in ("done", "waiting", "queued")]
         shown = rows if len(rows) + 2 <= size.lines else moving[: max(size.lines - 2, 0)]
-        width = max(min(max((len(row[0]) for row in shown), default=0), size.columns - 10), 1)  # the state is always seen
-        lines = [f"{label:{width}.{width}}  {state:7}  {' '.join(remark.split())}" for label, state, remark in shown] + [head]
+        width = max(
+            min(max((len(row[0]) for row in shown), default=0), size.columns - 10), 1
+        )  # the state is always seen
+        lines = [
+            f"{label:{width}.{width}}  {state:7}  {' '.join(remark.split())}"
+            for label, state, remark in shown
+        ] + [head]
         lines = [line[: size.columns - 1] for line in lines]
         up = f"\x1b[{self.lines}F" if self.lines else ""
         sys.stdout.write(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[0J")
@@ -106,14 +140,19 @@ class Board:
 
 
 def table(frame: "DataFrame") -> str:
-    """Runs (of `runs.load_runs`) as columns of text: the parameters shown are those that differ between runs of one name."""
+    """Runs (of `runs.load_runs`) as columns of text: the parameters shown are those that differ
+    between runs of one name.
+    """
     own = ["name", "key", "state", "progress"]
     params = [column for column in frame if column not in [*own, "error", "path"]]
     vary = [p for p in params if frame[p].map(repr).groupby(frame["name"]).nunique().max() > 1]
     columns = [*own, *vary, "error"]
     rows = [columns, *([_cell(row[column]) for column in columns] for _, row in frame.iterrows())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def _cell(value: Any) -> str:

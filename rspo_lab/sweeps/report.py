@@ -1,4 +1,5 @@
-"""One self-contained HTML page over the runs of a folder, and their numbers in one table: failures first, then what was found.
+"""One self-contained HTML page over the runs of a folder, and their numbers in one table: failures
+first, then what was found.
 
 Reads run folders as they are, so it also tells of a sweep that is under way.
 """
@@ -15,11 +16,12 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from rspo_lab.figures import estimator_variance as noise_plots, train as plots
-from rspo_lab.sweeps.comparison import arm_curve, arms_table, history, response
+from rspo_lab.figures import estimator_variance as noise_plots
+from rspo_lab.figures import train as plots
+from rspo_lab.measure.score_noise import efficiency, factors
 from rspo_lab.runs.files import read_json, replacing
 from rspo_lab.runs.run import load_runs
-from rspo_lab.measure.score_noise import efficiency, factors
+from rspo_lab.sweeps.comparison import arm_curve, arms_table, history, response
 
 RESULTS = ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
 STYLE = """
@@ -58,7 +60,9 @@ models, a backward is two."""
 
 @dataclass(frozen=True)
 class Entry:
-    """A run, or a point of a sweep that has not begun; `shown` are the parameters by which it differs from others of its kind."""
+    """A run, or a point of a sweep that has not begun; `shown` are the parameters by which it
+    differs from others of its kind.
+    """
 
     name: str
     path: Path
@@ -69,15 +73,22 @@ class Entry:
     shown: tuple[str, ...] = ()
 
     def label(self, *without: str) -> str:
-        return ", ".join([self.name.replace("_", " "), *(f"{k} = {self.params.get(k)}" for k in self.shown if k not in without)])
+        return ", ".join(
+            [
+                self.name.replace("_", " "),
+                *(f"{k} = {self.params.get(k)}" for k in self.shown if k not in without),
+            ]
+        )
 
 
 def report(root: Path) -> Path:
-    """index.html and results.parquet in `root`, figures and their numbers in its `figures`; the page.
+    """index.html and results.parquet in `root`, figures and their numbers in its `figures`; the
+    page.
 
-    results.parquet: of measurements a tidy row a (task, policy, design, views, quantity), `policy` the run's label; if there are
-    none, every run's own results with its name, key and the parameters that differ.  Where there are both, the latter are in
-    training.parquet.  FileNotFoundError, ValueError: there is no such folder, or no run in it.
+    results.parquet: of measurements a tidy row a (task, policy, design, views, quantity), `policy`
+    the run's label; if there are none, every run's own results with its name, key and the
+    parameters that differ.  Where there are both, the latter are in training.parquet.
+    FileNotFoundError, ValueError: there is no such folder, or no run in it.
     """
     root = root.resolve()
     entries = listing(root)
@@ -85,7 +96,9 @@ def report(root: Path) -> Path:
         raise ValueError(f"there are no runs in {root}")
     (root / "figures").mkdir(exist_ok=True)
     counts = Counter(entry.state for entry in entries)
-    parts = [f"<p>{len(entries)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}.</p>"]
+    parts = [
+        f"<p>{len(entries)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}.</p>"
+    ]
     parts += _failures([entry for entry in entries if entry.state in ("failed", "dead", "stopped")])
     parts += ["<h2>What was run</h2>", _wide(_what_ran(entries))]
     finished = [entry for entry in entries if entry.state == "done"]
@@ -93,12 +106,17 @@ def report(root: Path) -> Path:
     for entry in entries:
         images = sorted((entry.path / "figures").glob("*.png"))
         if images:
-            parts += [f"<section><h2 id='{entry.path.name}'>{html.escape(entry.label())}</h2>", _provenance(root, entry.path)]
+            parts += [
+                f"<section><h2 id='{entry.path.name}'>{html.escape(entry.label())}</h2>",
+                _provenance(root, entry.path),
+            ]
             parts += [_figure(image) for image in images] + ["</section>"]
     title = read_json(root / "sweep.json").get("title", root.name)
     page = root / "index.html"
     with replacing(page) as new:
-        head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+        head = (
+            f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+        )
         head += "<meta name=viewport content='width=device-width'><link rel=icon href='data:,'>"
         body = "\n".join([f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>", *parts])
         new.write_text(f"{head}{body}</html>\n", encoding="utf-8")
@@ -106,7 +124,9 @@ def report(root: Path) -> Path:
 
 
 def listing(root: Path) -> list[Entry]:
-    """All runs under `root`, those of its sweep in its order first, with points that have not begun."""
+    """All runs under `root`, those of its sweep in its order first, with points that have not
+    begun.
+    """
     frame = load_runs(root)
     found = {row["path"]: row for _, row in frame.iterrows()} if len(frame) else {}
     entries = []
@@ -114,11 +134,21 @@ def listing(root: Path) -> list[Entry]:
         path = root / point["name"] / point["key"]
         if str(path) not in found:
             error = point.get("error", "")
-            entries.append(Entry(point["name"], path, "failed" if error else "waiting", point["params"], error=error))
+            entries.append(
+                Entry(
+                    point["name"],
+                    path,
+                    "failed" if error else "waiting",
+                    point["params"],
+                    error=error,
+                )
+            )
         else:
             entries.append(_entry(root, found.pop(str(path))))
     entries += [_entry(root, row) for row in found.values()]
-    named = {entry.name: [other for other in entries if other.name == entry.name] for entry in entries}
+    named = {
+        entry.name: [other for other in entries if other.name == entry.name] for entry in entries
+    }
     shown = {name: tuple(_varying(runs)) for name, runs in named.items()}
     for name, runs in named.items():  # runs that differ in nothing but what they measure
         if len({replace(entry, shown=shown[name]).label() for entry in runs}) < len(runs):
@@ -129,14 +159,20 @@ def listing(root: Path) -> list[Entry]:
 def _varying(entries: Sequence[Entry]) -> list[str]:
     """The parameters in which runs of one kind differ, but for the folder that they measure."""
     names = dict.fromkeys(k for entry in entries for k in entry.params)
-    return [k for k in names if k != "trained" and len({repr(entry.params.get(k)) for entry in entries}) > 1]
+    return [
+        k
+        for k in names
+        if k != "trained" and len({repr(entry.params.get(k)) for entry in entries}) > 1
+    ]
 
 
 def _entry(root: Path, row) -> Entry:
     """Of a row of `load_runs`; in a folder of several sweeps its name has the sweep's in front."""
     path = Path(row["path"])
     name = path.parent.relative_to(root).as_posix() if root in path.parents[1:] else row["name"]
-    return Entry(name, path, row["state"], read_json(path / "params.json"), row["progress"], row["error"])
+    return Entry(
+        name, path, row["state"], read_json(path / "params.json"), row["progress"], row["error"]
+    )
 
 
 def _failures(entries: Sequence[Entry]) -> list[str]:
@@ -148,7 +184,9 @@ def _failures(entries: Sequence[Entry]) -> list[str]:
         f"<td class=text>{html.escape(e.path.name)}</td></tr>"
         for e in entries
     )
-    return [f"<h2 class=failed>Not done</h2><div class='wide text'><table><tr><th>run<th>state<th>why<th>key</tr>{rows}</table></div>"]
+    return [
+        f"<h2 class=failed>Not done</h2><div class='wide text'><table><tr><th>run<th>state<th>why<th>key</tr>{rows}</table></div>"
+    ]
 
 
 def _what_ran(entries: Sequence[Entry]) -> pd.DataFrame:
@@ -160,8 +198,18 @@ def _what_ran(entries: Sequence[Entry]) -> pd.DataFrame:
     for entry in entries:
         made = read_json(entry.path / "provenance.json")
         row = {"run": entry.name} | {k: _text(entry.params.get(k, "")) for k in columns}
-        row |= {"state": entry.state, "progress": re.match(r"[\d/]*", entry.progress)[0], "minutes": _minutes(entry.path)}
-        rows.append(row | {"commit": str(made.get("git") or "")[:8] + ("+" if made.get("dirty") else ""), "key": entry.path.name})
+        row |= {
+            "state": entry.state,
+            "progress": re.match(r"[\d/]*", entry.progress)[0],
+            "minutes": _minutes(entry.path),
+        }
+        rows.append(
+            row
+            | {
+                "commit": str(made.get("git") or "")[:8] + ("+" if made.get("dirty") else ""),
+                "key": entry.path.name,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -185,17 +233,41 @@ def _learning(root: Path, entries: Sequence[Entry]) -> list[str]:
     if not arms:
         return []
     table = arms_table(arms)
-    short = {"mean over evaluations, %": "mean, %", "final over the first, points": "Δ final", "mean over the first, points": "Δ mean"}
-    parts = ["<h2>Learning</h2>", f"<p>{NOTE}</p>", _wide(table.rename(columns=short | {"forwards a completion": "forwards"}))]
-    problems = {name: read_json(paths[0] / "config.json")["eval_problems"] for name, paths in arms.items()}
+    short = {
+        "mean over evaluations, %": "mean, %",
+        "final over the first, points": "Δ final",
+        "mean over the first, points": "Δ mean",
+    }
+    parts = [
+        "<h2>Learning</h2>",
+        f"<p>{NOTE}</p>",
+        _wide(table.rename(columns=short | {"forwards a completion": "forwards"})),
+    ]
+    problems = {
+        name: read_json(paths[0] / "config.json")["eval_problems"] for name, paths in arms.items()
+    }
     curves = {name: [pd.DataFrame(history(path)) for path in paths] for name, paths in arms.items()}
-    seeds = {name: [read_json(path / "config.json")["seed"] for path in paths] for name, paths in arms.items()}
-    data = pd.concat([c.assign(arm=name, seed=s) for name in arms for s, c in zip(seeds[name], curves[name])])
+    seeds = {
+        name: [read_json(path / "config.json")["seed"] for path in paths]
+        for name, paths in arms.items()
+    }
+    data = pd.concat(
+        [c.assign(arm=name, seed=s) for name in arms for s, c in zip(seeds[name], curves[name])]
+    )
     one_task = len(set(table["task"])) == 1
     if one_task:
         parts += [_saved(root, "learning", plots.learning_figure(curves, problems), data)]
     if one_task and len(arms) > 1:
-        parts += [_saved(root, "arms", plots.arms_figure({name: [arm_curve(p) for p in paths] for name, paths in arms.items()}), table)]
+        parts += [
+            _saved(
+                root,
+                "arms",
+                plots.arms_figure(
+                    {name: [arm_curve(p) for p in paths] for name, paths in arms.items()}
+                ),
+                table,
+            )
+        ]
     if one_task and (found := response(arms)):
         parts += [_saved(root, "response", plots.response_figure(*found), found[1])]
     return parts
@@ -212,7 +284,11 @@ def _noise(root: Path, entries: Sequence[Entry]) -> list[str]:
             else:
                 for i, k in enumerate(("name", "key", *entry.shown)):
                     value = {"name": entry.name, "key": entry.path.name}.get(k, entry.params.get(k))
-                    frame.insert(i, k if k not in frame else f"{k} (parameter)", _text(value) if isinstance(value, list | dict) else value)
+                    frame.insert(
+                        i,
+                        k if k not in frame else f"{k} (parameter)",
+                        _text(value) if isinstance(value, list | dict) else value,
+                    )
                 other.append(frame)
     for frames, name in ((tidy or other, "results"), (other if tidy else [], "training")):
         if frames:
@@ -227,16 +303,23 @@ def _noise(root: Path, entries: Sequence[Entry]) -> list[str]:
         parts += [_saved(root, "efficiency", noise_plots.efficiency_figure(found, views), found)]
     for baseline in ("count", "t_redraw"):
         if baseline in set(results["design"]) and len(table := factors(results, baseline)):
-            parts += [f"<p>Times less variance than {baseline} at equal cost, with half a 95 % interval:</p>", _wide(table.reset_index())]
+            parts += [
+                f"<p>Times less variance than {baseline} at equal cost, with half a 95 % interval:</p>",
+                _wide(table.reset_index()),
+            ]
     for quantity in ("share", "correlation", "var_rollouts"):
         some = results[results["quantity"].str.startswith(quantity)]
-        parts += [_wide(some[["policy", "quantity", "value", "stderr"]].round(3))] if len(some) else []
+        parts += (
+            [_wide(some[["policy", "quantity", "value", "stderr"]].round(3))] if len(some) else []
+        )
     return parts
 
 
 def _shared_views(found: pd.DataFrame, quantity: str) -> int:
     """The most views that every policy was measured at; 0 if there is no such number."""
-    views = [set(part["views"]) for _, part in found[found["quantity"] == quantity].groupby("policy")]
+    views = [
+        set(part["views"]) for _, part in found[found["quantity"] == quantity].groupby("policy")
+    ]
     return max(set.intersection(*views), default=0) if views else 0
 
 

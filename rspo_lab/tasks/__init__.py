@@ -1,12 +1,15 @@
 """Tasks: each is a module with examples, prompts and a verifier; text only, no torch.
 
-Every task module offers `Example`, `examples(split, n, seed=)`, `read(path, n)`, `prompt(example, style)`,
-`solutions(example)`, `verdict(completion, example, protocol=, style=)`, `reward(...)` in [0, 1], `COMPACT_LENGTH` (tokens of a
-compact completion, one a character), `COMPACT_CHARS` (characters of compact prompts and completions), `TRAIN_PROBLEMS` (size
-of a training run's pool), `split_key(example)` (what splits may not share) and `canvas(example)` (the compact completion before
-decoding: "?" for a token to write; a diffusion model fills in around what stands there).  For benchmark files also
-`TEST_PROBLEMS` (size of an evaluation), `record(example)` and `from_record(row, where)` (a problem in a file of completions).
-gsm8k and math500 have no compact style, hence no `COMPACT_*`.  `reasoning_gym:<name>` is the task of one of that package's data sets:
+Every task module offers `Example`, `examples(split, n, seed=)`, `read(path, n)`, `prompt(example,
+style)`, `solutions(example)`, `verdict(completion, example, protocol=, style=)`, `reward(...)` in
+[0, 1], `COMPACT_LENGTH` (tokens of a compact completion, one a character), `COMPACT_CHARS`
+(characters of compact prompts and completions), `TRAIN_PROBLEMS` (size of a training run's pool),
+`split_key(example)` (what splits may not share) and `canvas(example)` (the compact completion
+before
+decoding: "?" for a token to write; a diffusion model fills in around what stands there).  For
+benchmark files also `TEST_PROBLEMS` (size of an evaluation), `record(example)` and
+`from_record(row, where)` (a problem in a file of completions). gsm8k and math500 have no compact
+style, hence no `COMPACT_*`.  `reasoning_gym:<name>` is the task of one of that package's data sets:
 an object with the same names.
 """
 
@@ -29,5 +32,9 @@ def task(name: str) -> Task:
     if name.startswith(PREFIX):
         return Gym(name.removeprefix(PREFIX))
     near = difflib.get_close_matches(name, TASKS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(TASKS))}, {PREFIX}<data set>"
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"choose from {', '.join(sorted(TASKS))}, {PREFIX}<data set>"
+    )
     raise ValueError(f"unknown task {name!r}: {hint}")

@@ -1,8 +1,9 @@
 """Countdown: write an expression over given numbers, each used once, that equals a target.
 
-Generated problems: three numbers 1-9, operations + - *, a flat `a op b op c` with the usual precedence, target 1-99.  Splits are by
-(number multiset, target) through a content hash, about 15 % test.  Protocol "strict" accepts + - * / with parentheses over exact
-rationals, each number once, and no unary sign (the task has binary operations only); "d1" reproduces d1's evaluation.
+Generated problems: three numbers 1-9, operations + - *, a flat `a op b op c` with the usual
+precedence, target 1-99.  Splits are by (number multiset, target) through a content hash, about 15 %
+test.  Protocol "strict" accepts + - * / with parentheses over exact rationals, each number once,
+and no unary sign (the task has binary operations only); "d1" reproduces d1's evaluation.
 """
 
 import hashlib
@@ -17,7 +18,15 @@ from pathlib import Path
 
 from rspo_lab.tasks import countdown_d1
 from rspo_lab.tasks.lines import field, first, objects
-from rspo_lab.tasks.verdict import D1_EVAL_FORMAT, D1_FORMAT, PROTOCOLS, STYLES, Verdict, one_of, strict_answer
+from rspo_lab.tasks.verdict import (
+    D1_EVAL_FORMAT,
+    D1_FORMAT,
+    PROTOCOLS,
+    STYLES,
+    Verdict,
+    one_of,
+    strict_answer,
+)
 
 COMPACT_LENGTH = 8
 COMPACT_CHARS = "0123456789+-*,=:"
@@ -60,7 +69,9 @@ def problems(split: str) -> tuple[tuple[tuple[int, ...], int], ...]:
     for numbers in combinations_with_replacement(range(1, 10), 3):
         for target in sorted(_reachable(numbers)):
             digest = hashlib.sha256(f"{numbers}={target}".encode()).digest()
-            if 1 <= target <= 99 and (int.from_bytes(digest[:8]) % 100 < TEST_PERCENT) == (split == "test"):
+            if 1 <= target <= 99 and (int.from_bytes(digest[:8]) % 100 < TEST_PERCENT) == (
+                split == "test"
+            ):
                 found.append((numbers, target))
     return tuple(found)
 
@@ -71,8 +82,12 @@ def _reachable(numbers: tuple[int, ...]) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for order in sorted(set(permutations(numbers))):
         for signs in product("+-*", repeat=len(order) - 1):
-            later = (sign + _two_digits(number) for sign, number in zip(signs, order[1:], strict=True))
-            found.setdefault(_flat_value(order, signs), []).append(_two_digits(order[0]) + "".join(later))
+            later = (
+                sign + _two_digits(number) for sign, number in zip(signs, order[1:], strict=True)
+            )
+            found.setdefault(_flat_value(order, signs), []).append(
+                _two_digits(order[0]) + "".join(later)
+            )
     return found
 
 
@@ -93,7 +108,8 @@ def _two_digits(number: int) -> str:
 
 
 def examples(split: str, n: int, *, seed: int) -> list[Example]:
-    """n different problems of a split, numbers in random order; a longer list starts with the shorter one.
+    """n different problems of a split, numbers in random order; a longer list starts with the
+    shorter one.
 
     ValueError for another split than "train" or "test", or if the split has fewer than n.
     """
@@ -110,22 +126,30 @@ def examples(split: str, n: int, *, seed: int) -> list[Example]:
 
 
 def read(path: str | Path, n: int | None = None) -> list[Example]:
-    """The first n problems (all if None) of a jsonl file of `{"input": "30,100,93", "output": "23"}` (d1's format).
+    """The first n problems (all if None) of a jsonl file of `{"input": "30,100,93", "output":
+    "23"}` (d1's format).
 
-    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row, or if there are fewer than n.
+    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row,
+    or if there are fewer than n.
     """
     found = []
     for where, row in objects(path):
         listed, target = field(row, "input", str, where), field(row, "output", str, where)
-        if not re.fullmatch(r"[0-9]{1,9}(, ?[0-9]{1,9})+", listed) or not re.fullmatch("-?[0-9]{1,9}", target):
-            raise ValueError(f'{where}: input {listed[:40]!r}, output {target[:40]!r}; write them as "30,100,93" and "23"')
+        if not re.fullmatch(r"[0-9]{1,9}(, ?[0-9]{1,9})+", listed) or not re.fullmatch(
+            "-?[0-9]{1,9}", target
+        ):
+            raise ValueError(
+                f'{where}: input {listed[:40]!r}, output {target[:40]!r}; write them as "30,100,93" and "23"'
+            )
         name = f"{Path(path).name}:{where.rpartition(':')[2]}"
         found.append(Example(name, tuple(int(number) for number in listed.split(",")), int(target)))
     return first(found, n, path)
 
 
 def prompt(example: Example, style: str) -> str:
-    """Compact: "03,07,02=23:".  d1, d1-eval: the published messages of training and evaluation (one user turn, no system turn)."""
+    """Compact: "03,07,02=23:".  d1, d1-eval: the published messages of training and evaluation (one
+    user turn, no system turn).
+    """
     if one_of(style, STYLES, "style") == "compact":
         return f"{','.join(map(_two_digits, example.numbers))}={_two_digits(example.target)}:"
     if style == "d1-eval":
@@ -136,17 +160,24 @@ def prompt(example: Example, style: str) -> str:
 def record(example: Example) -> dict:
     """What a file of completions says of the problem: d1's `question` and `ground_truth`."""
     numbers = list(example.numbers)
-    return {"question": f"Numbers: {numbers}\nTarget: {example.target}", "ground_truth": [numbers, example.target]}
+    return {
+        "question": f"Numbers: {numbers}\nTarget: {example.target}",
+        "ground_truth": [numbers, example.target],
+    }
 
 
 def from_record(row: dict, where: str) -> Example:
     """The problem of such a row; ValueError that begins with `where` on a malformed one."""
     field(row, "question", str, where)
     match field(row, "ground_truth", list, where):
-        case [[_, *_] as numbers, target] if all(type(number) is int for number in [*numbers, target]):
+        case [[_, *_] as numbers, target] if all(
+            type(number) is int for number in [*numbers, target]
+        ):
             return Example(where, tuple(numbers), target)
         case other:
-            raise ValueError(f"{where}: ground_truth {str(other)[:60]}; write [numbers, target], such as [[30, 100, 93], 23]")
+            raise ValueError(
+                f"{where}: ground_truth {str(other)[:60]}; write [numbers, target], such as [[30, 100, 93], 23]"
+            )
 
 
 def split_key(example: Example) -> tuple:
@@ -160,17 +191,23 @@ def canvas(example: Example) -> str:
 
 
 def solutions(example: Example) -> list[str]:
-    """All compact completions (flat, + - *, two digits a number) that hit the target; may be empty for problems from a file."""
+    """All compact completions (flat, + - *, two digits a number) that hit the target; may be empty
+    for problems from a file.
+    """
     return list(_reachable(tuple(sorted(example.numbers))).get(example.target, []))
 
 
-def reward(completion: str, example: Example, *, protocol: str = "strict", style: str = "compact") -> float:
+def reward(
+    completion: str, example: Example, *, protocol: str = "strict", style: str = "compact"
+) -> float:
     """`verdict(...).reward`: 1 if solved, else 0."""
     return verdict(completion, example, protocol=protocol, style=style).reward
 
 
 def verdict(completion: str, example: Example, *, protocol: str, style: str) -> Verdict:
-    """Components: `solved`; `legal`, an expression that uses exactly the given numbers, whatever it is worth."""
+    """Components: `solved`; `legal`, an expression that uses exactly the given numbers, whatever it
+    is worth.
+    """
     if one_of(protocol, PROTOCOLS, "protocol") == "d1":
         compact = one_of(style, STYLES, "style") == "compact"
         failure = countdown_d1.fault(completion, example.numbers, example.target, compact=compact)
@@ -179,7 +216,9 @@ def verdict(completion: str, example: Example, *, protocol: str, style: str) -> 
         if failure is None:
             failure = _fault(answer, example)
     legal = failure in (None, "wrong_value", "division_by_zero")
-    return Verdict(float(failure is None), failure, {"solved": float(failure is None), "legal": float(legal)})
+    return Verdict(
+        float(failure is None), failure, {"solved": float(failure is None), "legal": float(legal)}
+    )
 
 
 def _fault(answer: str, example: Example) -> str | None:
@@ -198,7 +237,9 @@ def _fault(answer: str, example: Example) -> str | None:
 
 
 def postfix(expression: str) -> list[str] | None:
-    """Tokens in postfix order (shunting-yard, no recursion), or None if it is not an infix expression of integers, + - * / ( )."""
+    """Tokens in postfix order (shunting-yard, no recursion), or None if it is not an infix
+    expression of integers, + - * / ( ).
+    """
     tokens = re.findall(r"[0-9]+|[^\s]", expression)
     out: list[str] = []
     waiting: list[str] = []

@@ -1,8 +1,10 @@
-"""d1's Countdown scorer as published, without `eval`: which text it takes for the equation, and what is wrong with it.
+"""d1's Countdown scorer as published, without `eval`: which text it takes for the equation, and
+what is wrong with it.
 
-Facts from github.com/dllm-reasoning/d1, eval/parse_and_get_acc.py (`parse_countdown_answers`), read in public copies.  The rules
-are Python's, so `**`, `//`, unary signs and decimals count.  What would run for long is bounded: an equation over 300
-characters or a power over 100,000 bits is wrong.
+Facts from github.com/dllm-reasoning/d1, eval/parse_and_get_acc.py (`parse_countdown_answers`), read
+in public copies.  The rules are Python's, so `**`, `//`, unary signs and decimals count.  What
+would run for long is bounded: an equation over 300 characters or a power over 100,000 bits is
+wrong.
 """
 
 import ast
@@ -29,7 +31,8 @@ OPERATIONS = {
 def fault(completion: str, numbers: tuple[int, ...], target: int, *, compact: bool) -> str | None:
     """What d1 holds against a completion, or None where it counts it right.
 
-    Compact completions are the equation themselves; their two-digit numbers ("03", which Python refuses) are read as plain ones.
+    Compact completions are the equation themselves; their two-digit numbers ("03", which Python
+    refuses) are read as plain ones.
     """
     text = re.sub(r"(?<!\d)0+(?=\d)", "", completion) if compact else equation(completion)
     if _numbers(text, len(numbers)) != sorted(numbers):
@@ -51,9 +54,11 @@ def fault(completion: str, numbers: tuple[int, ...], target: int, *, compact: bo
 
 
 def equation(completion: str) -> str:
-    """The last \\boxed; the whole text if nothing is boxed; the first <answer>, else the whole text, if the last box never closes.
+    """The last \\boxed; the whole text if nothing is boxed; the first <answer>, else the whole
+    text, if the last box never closes.
 
-    So <answer> is looked at only beside a broken box.  Then LaTeX signs are replaced and the first "expression=number" cut.
+    So <answer> is looked at only beside a broken box.  Then LaTeX signs are replaced and the first
+    "expression=number" cut.
     """
     text = boxed(completion)
     if text is None:
@@ -64,7 +69,9 @@ def equation(completion: str) -> str:
 
 
 def _left_side(text: str) -> str:
-    """`([0-9+\\-*/() ]+)=[0-9. ]+` in linear time: the left side of the first such equality, else the text."""
+    """`([0-9+\\-*/() ]+)=[0-9. ]+` in linear time: the left side of the first such equality, else
+    the text.
+    """
     equal = re.search(r"[0-9+\-*/() ]=[0-9. ]", text)
     if not equal:
         return text
@@ -73,7 +80,9 @@ def _left_side(text: str) -> str:
 
 
 def _numbers(text: str, most: int) -> list[int] | None:
-    """The runs of digits, sorted, as d1 reads them ("1.5" is a 1 and a 5); None if more than `most` or beyond int's limit."""
+    """The runs of digits, sorted, as d1 reads them ("1.5" is a 1 and a 5); None if more than `most`
+    or beyond int's limit.
+    """
     runs = [run[0] for run in islice(re.finditer(r"\d+", text), most + 1)]
     if len(runs) > most or any(len(run) > LONGEST for run in runs):
         return None

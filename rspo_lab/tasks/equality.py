@@ -1,8 +1,10 @@
-"""Whether two LaTeX answers mean the same, by math-verify in a process of its own that cannot hang or fill this one.
+"""Whether two LaTeX answers mean the same, by math-verify in a process of its own that cannot hang
+or fill this one.
 
-math-verify's own time limit is an alarm signal: it works in the main thread only and cannot end one long multiplication.  Here the
-system ends the process after SECONDS of processor time, so a busy machine changes no verdict, and caps its memory at BYTES.
-Answers are parsed as LaTeX, never as Python (math-verify's reader of plain expressions is sympy's, which evaluates).
+math-verify's own time limit is an alarm signal: it works in the main thread only and cannot end one
+long multiplication.  Here the system ends the process after SECONDS of processor time, so a busy
+machine changes no verdict, and caps its memory at BYTES. Answers are parsed as LaTeX, never as
+Python (math-verify's reader of plain expressions is sympy's, which evaluates).
 """
 
 import atexit
@@ -22,12 +24,15 @@ START_SECONDS = 300.0  # to import sympy on a slow disk
 BYTES = 4 << 30
 
 _LOCK = threading.Lock()
-_STARTED: dict[int, subprocess.Popen] = {}  # by our process id: a fork must not talk into its parent's pipes
+_STARTED: dict[
+    int, subprocess.Popen
+] = {}  # by our process id: a fork must not talk into its parent's pipes
 
 
 @lru_cache(maxsize=65536)
 def fault(truth: str, answer: str) -> str | None:
-    """None if the answer equals the truth, else "wrong_answer", "unparsable" or "undecided" (ended for its time or memory).
+    """None if the answer equals the truth, else "wrong_answer", "unparsable" or "undecided" (ended
+    for its time or memory).
 
     RuntimeError if math-verify does not start.
     """
@@ -51,7 +56,9 @@ def _ask(truth: str, answer: str) -> str | None:
     try:
         process.stdin.write(json.dumps([truth, answer, SECONDS]).encode() + b"\n")
         reply = _line(process, WALL_SECONDS)
-    except BaseException:  # also a keyboard interrupt: a later question must not read this one's reply
+    except (
+        BaseException
+    ):  # also a keyboard interrupt: a later question must not read this one's reply
         stop()
         raise
     if not reply:
@@ -72,12 +79,18 @@ def _process() -> subprocess.Popen:
         return process
     stop()
     process = subprocess.Popen(
-        [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
-    )  # fmt: skip
+        [sys.executable, "-P", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        start_new_session=True,
+    )
     _STARTED[os.getpid()] = process
     if _line(process, START_SECONDS) != b'"ready"\n':
         stop()
-        raise RuntimeError("math-verify does not start (its error is on stderr); install it: pip install math-verify")
+        raise RuntimeError(
+            "math-verify does not start (its error is on stderr); install it: pip install math-verify"
+        )
     return process
 
 
@@ -95,7 +108,9 @@ atexit.register(stop)
 
 
 def _serve() -> None:
-    """The process itself: a line of JSON [truth, answer, seconds] in, a line with its fault out, until the input ends."""
+    """The process itself: a line of JSON [truth, answer, seconds] in, a line with its fault out,
+    until the input ends.
+    """
     import logging
 
     from math_verify import LatexExtractionConfig, parse, verify
@@ -103,7 +118,9 @@ def _serve() -> None:
     logging.disable()  # it warns of the time limits that are switched off here
     replies, sys.stdout = sys.stdout, sys.stderr
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES if hard == resource.RLIM_INFINITY else min(BYTES, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_AS, (BYTES if hard == resource.RLIM_INFINITY else min(BYTES, hard), hard)
+    )
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, wherever it is
     latex = [LatexExtractionConfig(boxed_match_priority=0)]
 
@@ -118,7 +135,11 @@ def _serve() -> None:
         if verify(read(truth), given, timeout_seconds=None):
             found = None
         else:
-            found = "unparsable" if all(isinstance(reading, str) for reading in given) else "wrong_answer"
+            found = (
+                "unparsable"
+                if all(isinstance(reading, str) for reading in given)
+                else "wrong_answer"
+            )
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(found), file=replies, flush=True)
 

@@ -1,7 +1,9 @@
-"""GSM8K: grade-school problems in words whose answer is a number.  (arXiv:2110.14168; 7,473 to train on, 1,319 to test)
+"""GSM8K: grade-school problems in words whose answer is a number.  (arXiv:2110.14168; 7,473 to
+train on, 1,319 to test)
 
-Rows have `question` and `answer`, which ends in "#### 1,234".  Protocol "strict" asks for one answer block that math-verify finds
-equal to the number; "d1" reproduces d1's evaluation.  There is no compact style: a character model cannot read the questions.
+Rows have `question` and `answer`, which ends in "#### 1,234".  Protocol "strict" asks for one
+answer block that math-verify finds equal to the number; "d1" reproduces d1's evaluation.  There is
+no compact style: a character model cannot read the questions.
 """
 
 import math
@@ -13,7 +15,15 @@ from pathlib import Path
 from rspo_lab.tasks import equality, math_d1
 from rspo_lab.tasks.hub import download, rows
 from rspo_lab.tasks.lines import field, first
-from rspo_lab.tasks.verdict import D1_EVAL_FORMAT, D1_FORMAT, PROTOCOLS, Verdict, in_words, one_of, strict_answer
+from rspo_lab.tasks.verdict import (
+    D1_EVAL_FORMAT,
+    D1_FORMAT,
+    PROTOCOLS,
+    Verdict,
+    in_words,
+    one_of,
+    strict_answer,
+)
 
 HUB = ("openai/gsm8k", "main")
 TRAIN_PROBLEMS = 7473
@@ -38,33 +48,53 @@ class Example:
 def examples(split: str, n: int, *, seed: int) -> list[Example]:
     """n problems of a split of openai/gsm8k, from the hub or its cache, in the order of the seed.
 
-    ValueError for another split than "train" or "test", or if it has fewer than n; ConnectionError if the hub is out of reach.
+    ValueError for another split than "train" or "test", or if it has fewer than n; ConnectionError
+    if the hub is out of reach.
     """
     return _examples(download(*HUB, one_of(split, ("train", "test"), "split"), n, seed=seed))
 
 
 def read(path: str | Path, n: int | None = None) -> list[Example]:
-    """The first n problems (all if None) of a csv, jsonl or parquet file with the columns `question` and `answer`.
+    """The first n problems (all if None) of a csv, jsonl or parquet file with the columns
+    `question` and `answer`.
 
-    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row, or if there are fewer than n.
+    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row,
+    or if there are fewer than n.
     """
-    return first(_examples((f"{Path(path).name}:{where.rpartition(':')[2]}", row) for where, row in rows(path)), n, path)
+    return first(
+        _examples(
+            (f"{Path(path).name}:{where.rpartition(':')[2]}", row) for where, row in rows(path)
+        ),
+        n,
+        path,
+    )
 
 
 def _examples(table: Iterable[tuple[str, dict]]) -> list[Example]:
-    return [Example(where, field(row, "question", str, where), _answer(field(row, "answer", str, where), where)) for where, row in table]
+    return [
+        Example(
+            where,
+            field(row, "question", str, where),
+            _answer(field(row, "answer", str, where), where),
+        )
+        for where, row in table
+    ]
 
 
 def _answer(text: str, where: str) -> float:
     """The number after the last "####"."""
     last = text.rpartition("####")[2].strip().replace(",", "")
     if "####" not in text or not re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,9})?", last):
-        raise ValueError(f"{where}: answer {text[-40:]!r}; end it with the number, as in '#### 1,234'")
+        raise ValueError(
+            f"{where}: answer {text[-40:]!r}; end it with the number, as in '#### 1,234'"
+        )
     return float(last)
 
 
 def prompt(example: Example, style: str) -> str:
-    """The published message of training (d1) or evaluation (d1-eval): one user turn, no system turn."""
+    """The published message of training (d1) or evaluation (d1-eval): one user turn, no system
+    turn.
+    """
     if in_words(style, "gsm8k") == "d1-eval":
         return D1_EVAL_PROMPT + example.question
     return D1_PROMPT.format(question=example.question)
@@ -76,10 +106,14 @@ def record(example: Example) -> dict:
 
 
 def from_record(row: dict, where: str) -> Example:
-    """The problem of such a row (a null `ground_truth` is one that no answer equals); ValueError on a malformed one."""
+    """The problem of such a row (a null `ground_truth` is one that no answer equals); ValueError on
+    a malformed one.
+    """
     question, truth = field(row, "question", str, where), row.get("ground_truth", "")
     if truth is not None and (type(truth) not in (int, float) or not math.isfinite(truth)):
-        raise ValueError(f"{where}: ground_truth {str(truth)[:40]!r}; write the number, or null where it is not known")
+        raise ValueError(
+            f"{where}: ground_truth {str(truth)[:40]!r}; write the number, or null where it is not known"
+        )
     return Example(where, question, None if truth is None else float(truth))
 
 
@@ -98,7 +132,9 @@ def solutions(example: Example) -> list[str]:
     return [f"<answer>\n\\boxed{{{_written(example.answer)}}}\n</answer>"]
 
 
-def reward(completion: str, example: Example, *, protocol: str = "strict", style: str = "d1") -> float:
+def reward(
+    completion: str, example: Example, *, protocol: str = "strict", style: str = "d1"
+) -> float:
     """`verdict(...).reward`: 1 if solved, else 0."""
     return verdict(completion, example, protocol=protocol, style=style).reward
 
@@ -108,11 +144,17 @@ def verdict(completion: str, example: Example, *, protocol: str, style: str) -> 
     in_words(style, "gsm8k")
     if one_of(protocol, PROTOCOLS, "protocol") == "d1":
         found = math_d1.number(completion)
-        failure = "no_answer" if found is None else None if found == example.answer else "wrong_answer"
+        failure = (
+            "no_answer" if found is None else None if found == example.answer else "wrong_answer"
+        )
     else:
         answer, failure = strict_answer(completion, style)
         if failure is None:
-            failure = "no_truth" if example.answer is None else equality.fault(_written(example.answer), answer)
+            failure = (
+                "no_truth"
+                if example.answer is None
+                else equality.fault(_written(example.answer), answer)
+            )
     return Verdict(float(failure is None), failure, {"solved": float(failure is None)})
 
 

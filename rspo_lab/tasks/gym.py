@@ -1,19 +1,27 @@
-"""Procedural data sets of the package reasoning-gym, each a task "reasoning_gym:<name>": its questions, its scorer.
+"""Procedural data sets of the package reasoning-gym, each a task "reasoning_gym:<name>": its
+questions, its scorer.
 
-A problem is a number: the package makes the same one of it again, so files of completions hold question and number, and what is
-judged is never read from a file.  Half the questions are for test, by a hash of their text.  The reward is the scorer's score of the
-one answer block, in [0, 1]; solved is a score of 1.  The scorers were read at VERSION, all of them, for what model text can do:
+A problem is a number: the package makes the same one of it again, so files of completions hold
+question and number, and what is judged is never read from a file.  Half the questions are for test,
+by a hash of their text.  The reward is the scorer's score of the one answer block, in [0, 1];
+solved is a score of 1.  The scorers were read at VERSION, all of them, for what model text can do:
 
-- evaluated, and so refused: simple_integration, intermediate_integration, polynomial_multiplication.  binary_matrix, spiral_matrix,
-  string_insertion and n_queens evaluate what is not an accepted answer letter by letter, so only that counts here; countdown and
-  puzzle24 are judged as our own Countdown is (puzzle24's scorer also takes other numbers than the given, and 24.5).
-- endless: propositional_logic (2^n truth values for n names) is refused; coin_flip, rush_hour and rubiks_cube are
+- evaluated, and so refused: simple_integration, intermediate_integration,
+polynomial_multiplication.  binary_matrix, spiral_matrix,
+  string_insertion and n_queens evaluate what is not an accepted answer letter by letter, so only
+  that counts here; countdown and puzzle24 are judged as our own Countdown is (puzzle24's scorer
+  also takes other numbers than the given, and 24.5).
+- endless: propositional_logic (2^n truth values for n names) is refused; coin_flip, rush_hour and
+rubiks_cube are
   given no number that is large enough.
-- score 1 without being right: game_of_life_halting pays for any answer, so only the accepted one counts; NaN would solve
-  complex_arithmetic and number_sorting, and is unparsable.  A score beyond [0, 1] or an error of the scorer is worth 0.
+- score 1 without being right: game_of_life_halting pays for any answer, so only the accepted one
+counts; NaN would solve
+  complex_arithmetic and number_sorting, and is unparsable.  A score beyond [0, 1] or an error of
+  the scorer is worth 0.
 
-Refused for their questions: isomorphic_strings and ransom_note (and polynomial_multiplication) change with Python's hash seed, codeio
-executes programs of a data file, composite is made of others.
+Refused for their questions: isomorphic_strings and ransom_note (and polynomial_multiplication)
+change with Python's hash seed, codeio executes programs of a data file, composite is made of
+others.
 """
 
 import copy
@@ -32,36 +40,61 @@ from typing import ClassVar
 
 from rspo_lab.tasks import countdown
 from rspo_lab.tasks.lines import field, first, objects
-from rspo_lab.tasks.verdict import D1_EVAL_FORMAT, D1_FORMAT, Verdict, in_words, one_of, strict_answer
+from rspo_lab.tasks.verdict import (
+    D1_EVAL_FORMAT,
+    D1_FORMAT,
+    Verdict,
+    in_words,
+    one_of,
+    strict_answer,
+)
 
 PREFIX = "reasoning_gym:"
 VERSION = "0.1.25"  # another may score in another way, and makes other problems of the same numbers
-CHUNK = 500  # problems of one instance of a data set, which begins at a seed that is a multiple of it
-LONGEST_ANSWER = 2000  # characters, beside twice the accepted answer's; a Rubik's cube has none to go by
-EVALUATED, BY_HASH = "its scorer evaluates the answer as Python", "its questions change with Python's hash seed"
+CHUNK = (
+    500  # problems of one instance of a data set, which begins at a seed that is a multiple of it
+)
+LONGEST_ANSWER = (
+    2000  # characters, beside twice the accepted answer's; a Rubik's cube has none to go by
+)
+EVALUATED, BY_HASH = (
+    "its scorer evaluates the answer as Python",
+    "its questions change with Python's hash seed",
+)
 REFUSED = {
-    "simple_integration": EVALUATED, "intermediate_integration": EVALUATED, "polynomial_multiplication": EVALUATED,
-    "propositional_logic": "its scorer takes 2^n steps for an answer of n names", "isomorphic_strings": BY_HASH, "ransom_note": BY_HASH,
-    "codeio": "it executes programs of a data file to make its questions", "composite": "it is made of other data sets: name one of these",
-}  # fmt: skip
+    "simple_integration": EVALUATED,
+    "intermediate_integration": EVALUATED,
+    "polynomial_multiplication": EVALUATED,
+    "propositional_logic": "its scorer takes 2^n steps for an answer of n names",
+    "isomorphic_strings": BY_HASH,
+    "ransom_note": BY_HASH,
+    "codeio": "it executes programs of a data file to make its questions",
+    "composite": "it is made of other data sets: name one of these",
+}
 EXACT = {"binary_matrix", "spiral_matrix", "string_insertion", "n_queens", "game_of_life_halting"}
 ARITHMETIC = {"countdown", "puzzle24"}
 NOT_PARSED = {
-    "complex_arithmetic": "(?i)nan", "number_sorting": "(?i)nan", "coin_flip": r"(?i)e[-+]?[\d_]{4}",
-    "rush_hour": r"\d\d", "rubiks_cube": r"\d\d",
-}  # fmt: skip
+    "complex_arithmetic": "(?i)nan",
+    "number_sorting": "(?i)nan",
+    "coin_flip": r"(?i)e[-+]?[\d_]{4}",
+    "rush_hour": r"\d\d",
+    "rubiks_cube": r"\d\d",
+}
 
 
 @dataclass(frozen=True)
 class Example:
     id: str
     index: int  # the problem's number
-    entry: dict  # question, answer (None where any that works will do) and metadata, as the package makes them
+    # question, answer (None where any that works will do) and metadata, as the package makes them
+    entry: dict
 
 
 @dataclass(frozen=True)
 class Gym:
-    """The task of one data set; ValueError for a name that is unknown or refused, and where the package is not installed."""
+    """The task of one data set; ValueError for a name that is unknown or refused, and where the
+    package is not installed.
+    """
 
     name: str
     Example: ClassVar[type] = Example
@@ -72,15 +105,21 @@ class Gym:
         known = _package().DATASETS
         if self.name not in known:
             near = difflib.get_close_matches(self.name, known, n=1)
-            hint = f"did you mean {PREFIX + near[0]!r}?" if near else f"choose from {', '.join(sorted(set(known) - set(REFUSED)))}"
+            hint = (
+                f"did you mean {PREFIX + near[0]!r}?"
+                if near
+                else f"choose from {', '.join(sorted(set(known) - set(REFUSED)))}"
+            )
             raise ValueError(f"reasoning_gym has no data set {self.name!r}: {hint}")
         if self.name in REFUSED:
             raise ValueError(f"{PREFIX}{self.name} cannot be a task: {REFUSED[self.name]}")
 
     def examples(self, split: str, n: int, *, seed: int) -> list[Example]:
-        """n problems of different questions from a split; a longer list starts with the shorter one.
+        """n problems of different questions from a split; a longer list starts with the shorter
+        one.
 
-        ValueError for another split than "train" or "test", or if 20 n + 200 draws do not give n questions.
+        ValueError for another split than "train" or "test", or if 20 n + 200 draws do not give n
+        questions.
         """
         one_of(split, ("train", "test"), "split")
         start, draws = CHUNK * random.Random(seed).randrange(2**20), 20 * n + 200
@@ -89,7 +128,9 @@ class Gym:
             if len(found) >= n:
                 return list(found.values())
             entry = _entry(self.name, index)
-            if (hashlib.sha256(entry["question"].encode()).digest()[0] % 2 == 0) == (split == "test"):
+            if (hashlib.sha256(entry["question"].encode()).digest()[0] % 2 == 0) == (
+                split == "test"
+            ):
                 found.setdefault(entry["question"], Example(f"{self.name}-{index}", index, entry))
         raise ValueError(
             f"{PREFIX}{self.name}: {draws} draws gave {len(found)} different {split} questions; asked for {n} "
@@ -99,9 +140,13 @@ class Gym:
     def read(self, path: str | Path, n: int | None = None) -> list[Example]:
         """The first n problems (all if None) of a jsonl file of rows as `record` gives.
 
-        FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row, or if there are fewer than n.
+        FileNotFoundError if there is no such file; ValueError naming file and line on a malformed
+        row, or if there are fewer than n.
         """
-        found = [self.from_record(row, f"{Path(path).name}:{where.rpartition(':')[2]}") for where, row in objects(path)]
+        found = [
+            self.from_record(row, f"{Path(path).name}:{where.rpartition(':')[2]}")
+            for where, row in objects(path)
+        ]
         return first(found, n, path)
 
     def prompt(self, example: Example, style: str) -> str:
@@ -110,14 +155,20 @@ class Gym:
         return form + "\n\n" + example.entry["question"]
 
     def record(self, example: Example) -> dict:
-        """What a file of completions says of the problem: `question`, and its number as `ground_truth`."""
+        """What a file of completions says of the problem: `question`, and its number as
+        `ground_truth`.
+        """
         return {"question": example.entry["question"], "ground_truth": example.index}
 
     def from_record(self, row: dict, where: str) -> Example:
-        """The problem of such a row, made anew; ValueError that begins with `where` on a malformed one, and if it is another problem."""
+        """The problem of such a row, made anew; ValueError that begins with `where` on a malformed
+        one, and if it is another problem.
+        """
         question, index = field(row, "question", str, where), field(row, "ground_truth", int, where)
         if not 0 <= index < 2**31 or _entry(self.name, index)["question"] != question:
-            raise ValueError(f"{where}: the question is not {PREFIX}{self.name}'s number {index}; write the row as `rspo-lab eval` does")
+            raise ValueError(
+                f"{where}: the question is not {PREFIX}{self.name}'s number {index}; write the row as `rspo-lab eval` does"
+            )
         return Example(where, index, _entry(self.name, index))
 
     def split_key(self, example: Example) -> str:
@@ -133,7 +184,9 @@ class Gym:
         answer = example.entry["answer"]
         return [] if answer is None else [f"<answer>\n{answer}\n</answer>"]
 
-    def reward(self, completion: str, example: Example, *, protocol: str = "strict", style: str = "d1") -> float:
+    def reward(
+        self, completion: str, example: Example, *, protocol: str = "strict", style: str = "d1"
+    ) -> float:
         """`verdict(...).reward`: the score."""
         return self.verdict(completion, example, protocol=protocol, style=style).reward
 
@@ -143,7 +196,9 @@ class Gym:
         one_of(protocol, ("strict",), f"protocol of {PREFIX}{self.name}")
         entry, score = example.entry, 0.0
         if self.name in ARITHMETIC:
-            problem = countdown.Example(example.id, tuple(entry["metadata"]["numbers"]), entry["metadata"].get("target", 24))
+            problem = countdown.Example(
+                example.id, tuple(entry["metadata"]["numbers"]), entry["metadata"].get("target", 24)
+            )
             return countdown.verdict(completion, problem, protocol=protocol, style=style)
         longest = LONGEST_ANSWER + 2 * len(entry["answer"] or "")
         answer, failure = strict_answer(completion, style, longest=longest, ascii_only=False)
@@ -159,22 +214,37 @@ class Gym:
             return float(answer in (entry["answer"], *entry["metadata"].get("valid_answers", ())))
         try:
             with _apart(0):
-                score = float(_dataset(self.name, 0).score_answer(answer, copy.deepcopy(entry)))  # some write into the entry
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):  # of an answer it did not foresee
+                score = float(
+                    _dataset(self.name, 0).score_answer(answer, copy.deepcopy(entry))
+                )  # some write into the entry
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ):  # of an answer it did not foresee
             return 0.0
         return score if 0 <= score <= 1 else 0.0
 
 
 def _package():
-    """reasoning_gym's registry of data sets; ValueError that names the mend if it is missing or of another version."""
+    """reasoning_gym's registry of data sets; ValueError that names the mend if it is missing or of
+    another version.
+    """
     mend = "pip install -e .[reasoning-gym]"
     try:
         with _apart(0):  # modules of it draw as they are imported
             from reasoning_gym import factory
     except ModuleNotFoundError as error:
-        raise ValueError(f"a task {PREFIX}... needs the package reasoning-gym (no module {error.name!r}): {mend}") from None
+        raise ValueError(
+            f"a task {PREFIX}... needs the package reasoning-gym (no module {error.name!r}): {mend}"
+        ) from None
     if (found := version("reasoning-gym")) != VERSION:
-        raise ValueError(f"reasoning-gym {found} is installed; its scorers are known at {VERSION}: {mend}")
+        raise ValueError(
+            f"reasoning-gym {found} is installed; its scorers are known at {VERSION}: {mend}"
+        )
     return factory
 
 
@@ -193,7 +263,9 @@ def _entry(name: str, index: int) -> dict:
 
 @contextmanager
 def _apart(seed: int) -> Iterator[None]:
-    """Global generators, which a few data sets draw from or seed, are set by `seed` and put back; what they print goes to stderr."""
+    """Global generators, which a few data sets draw from or seed, are set by `seed` and put back;
+    what they print goes to stderr.
+    """
     import numpy as np
 
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002

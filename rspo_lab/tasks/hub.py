@@ -1,4 +1,6 @@
-"""Rows of public benchmarks: from the Hugging Face hub by `datasets`, or from a local csv, jsonl or parquet file of the same columns."""
+"""Rows of public benchmarks: from the Hugging Face hub by `datasets`, or from a local csv, jsonl or
+parquet file of the same columns.
+"""
 
 import csv
 import itertools
@@ -10,12 +12,20 @@ from rspo_lab.tasks.lines import objects
 
 
 def download(
-    name: str, config: str | None, split: str, n: int, *, seed: int, keep: Callable[[dict], bool] = lambda row: True
-) -> list[tuple[str, dict]]:  # fmt: skip
-    """n of the rows to keep of a hub data set in the order of a seed, each with where it stands; a longer list starts with the shorter one.
+    name: str,
+    config: str | None,
+    split: str,
+    n: int,
+    *,
+    seed: int,
+    keep: Callable[[dict], bool] = lambda row: True,
+) -> list[tuple[str, dict]]:
+    """n of the rows to keep of a hub data set in the order of a seed, each with where it stands; a
+    longer list starts with the shorter one.
 
-    A folder ./<name> with the data set's files goes before the hub.  ValueError if the split has fewer than n; ConnectionError
-    that names the mend where the hub is out of reach and the data set is not in its cache.
+    A folder ./<name> with the data set's files goes before the hub.  ValueError if the split has
+    fewer than n; ConnectionError that names the mend where the hub is out of reach and the data set
+    is not in its cache.
     """
     from datasets import load_dataset
 
@@ -28,7 +38,11 @@ def download(
         ) from error
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    found = list(itertools.islice(((f"{name}/{split}:{i}", rows[i]) for i in order if keep(rows[i])), max(n, 0)))
+    found = list(
+        itertools.islice(
+            ((f"{name}/{split}:{i}", rows[i]) for i in order if keep(rows[i])), max(n, 0)
+        )
+    )
     if len(found) != n:
         raise ValueError(f"asked for {n} of {name} {split}; the maximum is {len(found)}")
     return found
@@ -37,7 +51,8 @@ def download(
 def rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """("file:line", row) of a local file; in parquet the line is the row's number, from 1.
 
-    FileNotFoundError if there is no such file; ValueError on another kind of file or a malformed line.
+    FileNotFoundError if there is no such file; ValueError on another kind of file or a malformed
+    line.
     """
     kind = Path(path).suffix.lower()
     if kind == ".csv":
@@ -46,10 +61,14 @@ def rows(path: str | Path) -> Iterator[tuple[str, dict]]:
             try:
                 for row in table:
                     if None in row or None in row.values():
-                        raise ValueError(f"{path}:{table.line_num}: not {len(table.fieldnames)} fields; quote those with commas")
+                        raise ValueError(
+                            f"{path}:{table.line_num}: not {len(table.fieldnames)} fields; quote those with commas"
+                        )
                     yield f"{path}:{table.line_num}", row
             except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}:{table.line_num + 1}: {error}; save it as UTF-8 csv, fields with commas in quotes") from None
+                raise ValueError(
+                    f"{path}:{table.line_num + 1}: {error}; save it as UTF-8 csv, fields with commas in quotes"
+                ) from None
     elif kind == ".parquet":
         import pyarrow.parquet
 
@@ -58,4 +77,6 @@ def rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     elif kind in (".jsonl", ".json"):
         yield from objects(path)
     else:
-        raise ValueError(f"{path}: cannot read {kind or 'a file without an ending'}; give a .csv, .jsonl or .parquet file")
+        raise ValueError(
+            f"{path}: cannot read {kind or 'a file without an ending'}; give a .csv, .jsonl or .parquet file"
+        )

@@ -6,7 +6,9 @@ from pathlib import Path
 
 
 def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", object) for every non-blank line; FileNotFoundError if there is no such file, ValueError on a bad line."""
+    """("file:line", object) for every non-blank line; FileNotFoundError if there is no such file,
+    ValueError on a bad line.
+    """
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.strip():
@@ -17,18 +19,26 @@ def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
             except UnicodeDecodeError:
                 raise ValueError(f"{where}: not UTF-8; save the file as UTF-8") from None
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON ({error}); write one JSON object a line") from None
+                raise ValueError(
+                    f"{where}: not JSON ({error}); write one JSON object a line"
+                ) from None
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: a {type(row).__name__}, not an object; write one JSON object a line")
+                raise ValueError(
+                    f"{where}: a {type(row).__name__}, not an object; write one JSON object a line"
+                )
             yield where, row
 
 
 def field(row: dict, key: str, kind: type, where: str):
     """`row[key]`, which must be there and be a `kind` (a bool is no int)."""
     if key not in row:
-        raise ValueError(f"{where}: no key {key!r}; add it (the row has {', '.join(sorted(row)) or 'no keys'})")
+        raise ValueError(
+            f"{where}: no key {key!r}; add it (the row has {', '.join(sorted(row)) or 'no keys'})"
+        )
     if not isinstance(row[key], kind) or isinstance(row[key], bool):
-        raise ValueError(f"{where}: {key!r} is a {type(row[key]).__name__}; make it a {kind.__name__}")
+        raise ValueError(
+            f"{where}: {key!r} is a {type(row[key]).__name__}; make it a {kind.__name__}"
+        )
     return row[key]
 
 

@@ -1,7 +1,9 @@
-"""MATH: competition problems whose answer is a LaTeX expression.  (arXiv:2103.03874; MATH-500 of arXiv:2305.20050 to test)
+"""MATH: competition problems whose answer is a LaTeX expression.  (arXiv:2103.03874; MATH-500 of
+arXiv:2305.20050 to test)
 
-Rows have `problem` and `answer`, or a `solution` whose last \\boxed is the answer.  Protocol "strict" asks for one answer block
-that math-verify finds equal; "d1" reproduces d1's evaluation.  There is no compact style: a character model cannot read the problems.
+Rows have `problem` and `answer`, or a `solution` whose last \\boxed is the answer.  Protocol
+"strict" asks for one answer block that math-verify finds equal; "d1" reproduces d1's evaluation.
+There is no compact style: a character model cannot read the problems.
 """
 
 from collections.abc import Iterable
@@ -11,14 +13,24 @@ from pathlib import Path
 from rspo_lab.tasks import equality, math_d1
 from rspo_lab.tasks.hub import download, rows
 from rspo_lab.tasks.lines import field, first
-from rspo_lab.tasks.verdict import D1_EVAL_FORMAT, D1_FORMAT, PROTOCOLS, Verdict, in_words, one_of, strict_answer
+from rspo_lab.tasks.verdict import (
+    D1_EVAL_FORMAT,
+    D1_FORMAT,
+    PROTOCOLS,
+    Verdict,
+    in_words,
+    one_of,
+    strict_answer,
+)
 
 HUB = {"train": ("ankner/math-500", None), "test": ("HuggingFaceH4/MATH-500", None)}  # d1's choice
 TRAIN_PROBLEMS = 4096  # a training run's pool; the data set has more
 TEST_PROBLEMS = 500
 EXPERT = "You are a math expert. You will be given a question to solve. Solve it step by step. Wrap the final answer in a \\boxed{}."
 D1_PROMPT = D1_FORMAT + "\n\n" + EXPERT + " \n\n"  # d1, diffu-grpo/data_utils.py
-D1_EVAL_PROMPT = EXPERT + "\n" + D1_EVAL_FORMAT + '" \n' + "\n\n"  # d1, eval/math500.py, with its stray quotation mark
+D1_EVAL_PROMPT = (
+    EXPERT + "\n" + D1_EVAL_FORMAT + '" \n' + "\n\n"
+)  # d1, eval/math500.py, with its stray quotation mark
 
 
 @dataclass(frozen=True)
@@ -29,28 +41,46 @@ class Example:
 
 
 def examples(split: str, n: int, *, seed: int) -> list[Example]:
-    """n problems of HuggingFaceH4/MATH-500 (test) or ankner/math-500 (train), from the hub or its cache, in the order of the seed.
+    """n problems of HuggingFaceH4/MATH-500 (test) or ankner/math-500 (train), from the hub or its
+    cache, in the order of the seed.
 
-    Problems whose box is empty (two of MATH) are left out.  ValueError for another split, or if it has fewer than n; ConnectionError
-    if the hub is out of reach.
+    Problems whose box is empty (two of MATH) are left out.  ValueError for another split, or if it
+    has fewer than n; ConnectionError if the hub is out of reach.
     """
     name, config = HUB[one_of(split, ("train", "test"), "split")]
-    return _examples(download(name, config, split, n, seed=seed, keep=lambda row: bool(_answer(row, name).strip())))
+    return _examples(
+        download(
+            name, config, split, n, seed=seed, keep=lambda row: bool(_answer(row, name).strip())
+        )
+    )
 
 
 def read(path: str | Path, n: int | None = None) -> list[Example]:
-    """The first n problems (all if None) of a csv, jsonl or parquet file with the columns `problem` and `answer` or `solution`.
+    """The first n problems (all if None) of a csv, jsonl or parquet file with the columns `problem`
+    and `answer` or `solution`.
 
-    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row, or if there are fewer than n.
+    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row,
+    or if there are fewer than n.
     """
-    return first(_examples((f"{Path(path).name}:{where.rpartition(':')[2]}", row) for where, row in rows(path)), n, path)
+    return first(
+        _examples(
+            (f"{Path(path).name}:{where.rpartition(':')[2]}", row) for where, row in rows(path)
+        ),
+        n,
+        path,
+    )
 
 
 def _examples(table: Iterable[tuple[str, dict]]) -> list[Example]:
-    found = [Example(where, field(row, "problem", str, where), _answer(row, where)) for where, row in table]
+    found = [
+        Example(where, field(row, "problem", str, where), _answer(row, where))
+        for where, row in table
+    ]
     for e in found:
         if not e.answer.strip():
-            raise ValueError(f"{e.id}: no answer; write it in `answer`, or in the last \\boxed of `solution`, or drop the row")
+            raise ValueError(
+                f"{e.id}: no answer; write it in `answer`, or in the last \\boxed of `solution`, or drop the row"
+            )
     return found
 
 
@@ -62,8 +92,12 @@ def _answer(row: dict, where: str) -> str:
 
 
 def prompt(example: Example, style: str) -> str:
-    """The published message of training (d1) or evaluation (d1-eval): one user turn, no system turn."""
-    return (D1_EVAL_PROMPT if in_words(style, "math500") == "d1-eval" else D1_PROMPT) + example.question
+    """The published message of training (d1) or evaluation (d1-eval): one user turn, no system
+    turn.
+    """
+    return (
+        D1_EVAL_PROMPT if in_words(style, "math500") == "d1-eval" else D1_PROMPT
+    ) + example.question
 
 
 def record(example: Example) -> dict:
@@ -73,7 +107,9 @@ def record(example: Example) -> dict:
 
 def from_record(row: dict, where: str) -> Example:
     """The problem of such a row; ValueError that begins with `where` on a malformed one."""
-    return Example(where, field(row, "question", str, where), field(row, "ground_truth", str, where))
+    return Example(
+        where, field(row, "question", str, where), field(row, "ground_truth", str, where)
+    )
 
 
 def split_key(example: Example) -> str:
@@ -91,7 +127,9 @@ def solutions(example: Example) -> list[str]:
     return [f"<answer>\n\\boxed{{{example.answer}}}\n</answer>"]
 
 
-def reward(completion: str, example: Example, *, protocol: str = "strict", style: str = "d1") -> float:
+def reward(
+    completion: str, example: Example, *, protocol: str = "strict", style: str = "d1"
+) -> float:
     """`verdict(...).reward`: 1 if solved, else 0."""
     return verdict(completion, example, protocol=protocol, style=style).reward
 

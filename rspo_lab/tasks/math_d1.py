@@ -1,21 +1,33 @@
-"""d1's GSM8K and MATH scorers as published: which text they take for the answer, and when that equals the truth.
+"""d1's GSM8K and MATH scorers as published: which text they take for the answer, and when that
+equals the truth.
 
-Facts from github.com/dllm-reasoning/d1, eval/parse_and_get_acc.py (`parse_gsm_answers`, `parse_math_answers`) and
-eval/parser_helper.py (`last_boxed_only_string`, `remove_boxed`, `is_equiv`: the string normaliser of Hendrycks et al.,
-arXiv:2103.03874), read in public copies.  What they get wrong is kept; what would take quadratic time is not.
+Facts from github.com/dllm-reasoning/d1, eval/parse_and_get_acc.py (`parse_gsm_answers`,
+`parse_math_answers`) and eval/parser_helper.py (`last_boxed_only_string`, `remove_boxed`,
+`is_equiv`: the string normaliser of Hendrycks et al., arXiv:2103.03874), read in public copies.
+What they get wrong is kept; what would take quadratic time is not.
 """
 
 import re
 
 NUMBER = re.compile(r"-?\d+\.?\d*")
 FIRST_REPLACED = (
-    ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""), ("\\right", ""),
-    ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
-)  # fmt: skip
+    ("\n", ""),
+    ("\\!", ""),
+    ("\\\\", "\\"),
+    ("tfrac", "frac"),
+    ("dfrac", "frac"),
+    ("\\left", ""),
+    ("\\right", ""),
+    ("^{\\circ}", ""),
+    ("^\\circ", ""),
+    ("\\$", ""),
+)
 
 
 def number(completion: str) -> float | None:
-    """GSM8K: the first \\boxed that holds a number (the first of several), else the first <answer> block's last number."""
+    """GSM8K: the first \\boxed that holds a number (the first of several), else the first <answer>
+    block's last number.
+    """
     for box in re.findall(r"\\boxed{(.*?)}", completion):
         if box.strip().strip(".") and (found := _number(box.strip(), 0)) is not None:
             return found
@@ -33,14 +45,18 @@ def _number(text: str, which: int) -> float | None:
 
 
 def expression(completion: str) -> str | None:
-    """MATH: what `boxed` gives, so the whole text if nothing is boxed; the first <answer> block only if that is empty or None."""
+    """MATH: what `boxed` gives, so the whole text if nothing is boxed; the first <answer> block
+    only if that is empty or None.
+    """
     inside, closed, _ = completion.partition("<answer>")[2].partition("</answer>")
     found = boxed(completion)
     return inside.strip() if closed and not found else found
 
 
 def boxed(text: str) -> str | None:
-    """What d1 takes from a box, the whole text if there is none, None if the last one is not closed."""
+    """What d1 takes from a box, the whole text if there is none, None if the last one is not
+    closed.
+    """
     if "\\boxed " in text:  # TeX's short form: up to the next dollar sign
         return text.rpartition("\\boxed ")[2].partition("$")[0]
     start = text.rfind("\\boxed")
@@ -58,7 +74,9 @@ def boxed(text: str) -> str | None:
 
 
 def equivalent(answer: str, truth: str) -> bool:
-    """Whether the two are one string when normalised; as they stand where d1's normaliser fails on either."""
+    """Whether the two are one string when normalised; as they stand where d1's normaliser fails on
+    either.
+    """
     try:
         return _normal(answer) == _normal(truth)
     except ValueError:
@@ -94,7 +112,9 @@ def _fractions(text: str) -> str:
         if piece[0] != "{" and len(piece) == 1:
             return text
         if piece[0] != "{":
-            piece = f"{{{piece[0]}}}" + (piece[1:] if piece[1] == "{" else f"{{{piece[1]}}}{piece[2:]}")
+            piece = f"{{{piece[0]}}}" + (
+                piece[1:] if piece[1] == "{" else f"{{{piece[1]}}}{piece[2:]}"
+            )
         done += "\\frac" + piece
     return done
 

@@ -1,8 +1,9 @@
 """4x4 Sudoku: fill a grid so that every row, column and 2x2 box holds 1-4 once.
 
-A grid is 16 characters, left to right, top to bottom, "0" = blank.  288 grids are complete and valid; a puzzle here has exactly one
-solution.  Splits are by solution grid (240 train, 48 test), so no test solution is ever trained on.  Read files may hold puzzles
-with several solutions (124 of d1's 500 do): protocol "strict" accepts any of them, "d1" counts cells equal to the stored one.
+A grid is 16 characters, left to right, top to bottom, "0" = blank.  288 grids are complete and
+valid; a puzzle here has exactly one solution.  Splits are by solution grid (240 train, 48 test), so
+no test solution is ever trained on.  Read files may hold puzzles with several solutions (124 of
+d1's 500 do): protocol "strict" accepts any of them, "d1" counts cells equal to the stored one.
 """
 
 import hashlib
@@ -74,7 +75,11 @@ def grids() -> tuple[str, ...]:
 
 def _halves(rows: list[str]) -> list[str]:
     """Two rows whose two boxes are right."""
-    return [a + b for a, b in product(rows, rows) if not set(a[:2]) & set(b[:2]) and not set(a[2:]) & set(b[2:])]
+    return [
+        a + b
+        for a, b in product(rows, rows)
+        if not set(a[:2]) & set(b[:2]) and not set(a[2:]) & set(b[2:])
+    ]
 
 
 @cache
@@ -93,7 +98,8 @@ def count_solutions(puzzle: str) -> int:
 
 
 def examples(split: str, n: int, *, seed: int) -> list[Example]:
-    """n different puzzles with one solution each, 6-11 blanks with equal chance; a longer list starts with the shorter one.
+    """n different puzzles with one solution each, 6-11 blanks with equal chance; a longer list
+    starts with the shorter one.
 
     ValueError for another split than "train" or "test", or when the split runs out of new puzzles.
     """
@@ -104,13 +110,19 @@ def examples(split: str, n: int, *, seed: int) -> list[Example]:
     for _ in range(n):
         example = _new_puzzle(pool, rng.choice(BLANKS), found, rng)
         if example is None:
-            raise ValueError(f"asked for {n} sudoku {split} puzzles; the maximum this seed reaches is {len(found)}")
+            raise ValueError(
+                f"asked for {n} sudoku {split} puzzles; the maximum this seed reaches is {len(found)}"
+            )
         found[example.puzzle] = example
     return list(found.values())
 
 
-def _new_puzzle(pool: tuple[str, ...], blanks: int, found: dict[str, Example], rng: random.Random) -> Example | None:
-    """A puzzle that is not in `found` and has one solution, or None after 10,000 draws (at 11 blanks 9-29 % have one)."""
+def _new_puzzle(
+    pool: tuple[str, ...], blanks: int, found: dict[str, Example], rng: random.Random
+) -> Example | None:
+    """A puzzle that is not in `found` and has one solution, or None after 10,000 draws (at 11
+    blanks 9-29 % have one).
+    """
     for _ in range(10_000):
         solution = rng.choice(pool)
         hidden = set(rng.sample(range(16), blanks))
@@ -121,9 +133,11 @@ def _new_puzzle(pool: tuple[str, ...], blanks: int, found: dict[str, Example], r
 
 
 def read(path: str | Path, n: int | None = None) -> list[Example]:
-    """The first n puzzles (all if None) of a csv with header `Puzzle,Solution` and 16-character strings (d1's format).
+    """The first n puzzles (all if None) of a csv with header `Puzzle,Solution` and 16-character
+    strings (d1's format).
 
-    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row, or if there are fewer than n.
+    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row,
+    or if there are fewer than n.
     """
     found = []
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -135,18 +149,26 @@ def read(path: str | Path, n: int | None = None) -> list[Example]:
                 continue
             where, row = f"{path}:{number}", [cell.strip().strip('"') for cell in line.split(",")]
             if len(row) != 2:
-                raise ValueError(f"{where}: {len(row)} fields; write one puzzle and one solution a row")
+                raise ValueError(
+                    f"{where}: {len(row)} fields; write one puzzle and one solution a row"
+                )
             puzzle, solution = row
             if not re.fullmatch("[0-4]{16}", puzzle):
-                raise ValueError(f"{where}: puzzle {puzzle[:40]!r}; write 16 digits 0-4, leading zeros kept (text, not a number)")
+                raise ValueError(
+                    f"{where}: puzzle {puzzle[:40]!r}; write 16 digits 0-4, leading zeros kept (text, not a number)"
+                )
             if not valid(solution) or not _keeps_givens(solution, puzzle):
-                raise ValueError(f"{where}: {solution[:40]!r} does not solve {puzzle}; write the 16 digits of its solution")
+                raise ValueError(
+                    f"{where}: {solution[:40]!r} does not solve {puzzle}; write the 16 digits of its solution"
+                )
             found.append(Example(f"{Path(path).name}:{number}", puzzle, solution))
     return first(found, n, path)
 
 
 def prompt(example: Example, style: str) -> str:
-    """Compact: only "=", since the puzzle is the canvas.  d1, d1-eval: the published user message (one user turn, no system turn)."""
+    """Compact: only "=", since the puzzle is the canvas.  d1, d1-eval: the published user message
+    (one user turn, no system turn).
+    """
     if one_of(style, STYLES, "style") == "compact":
         return "="
     return D1_PROMPT.format(puzzle=example.puzzle)
@@ -154,21 +176,29 @@ def prompt(example: Example, style: str) -> str:
 
 def record(example: Example) -> dict:
     """What a file of completions says of the problem: d1's `question` and `ground_truth`."""
-    return {"question": f"Solve the following Sudoku puzzle: {example.puzzle}\n", "ground_truth": example.solution}
+    return {
+        "question": f"Solve the following Sudoku puzzle: {example.puzzle}\n",
+        "ground_truth": example.solution,
+    }
 
 
 def from_record(row: dict, where: str) -> Example:
     """The problem of such a row; ValueError that begins with `where` on a malformed one.
 
-    The puzzle stands where d1 looks for it (first, or after "Sudoku puzzle: "), or is the only run of 16 digits.
+    The puzzle stands where d1 looks for it (first, or after "Sudoku puzzle: "), or is the only run
+    of 16 digits.
     """
     question, solution = field(row, "question", str, where), field(row, "ground_truth", str, where)
     if not re.fullmatch("[1-4]{16}", solution):
-        raise ValueError(f"{where}: ground_truth {solution[:40]!r}; write the solution as 16 digits 1-4")
+        raise ValueError(
+            f"{where}: ground_truth {solution[:40]!r}; write the solution as 16 digits 1-4"
+        )
     placed = re.match("[0-9]{16}", question) or re.search("(?<=Sudoku puzzle: )[0-9]{16}", question)
     puzzles = [placed[0]] if placed else re.findall("(?<![0-9])[0-9]{16}(?![0-9])", question)
     if len(puzzles) != 1 or not re.fullmatch("[0-4]{16}", puzzles[0]):
-        raise ValueError(f"{where}: no single puzzle in question {question[-60:]!r}; write it as 16 digits 0-4")
+        raise ValueError(
+            f"{where}: no single puzzle in question {question[-60:]!r}; write it as 16 digits 0-4"
+        )
     return Example(where, puzzles[0], solution)
 
 
@@ -187,29 +217,41 @@ def solutions(example: Example) -> list[str]:
     return [example.solution]
 
 
-def reward(completion: str, example: Example, *, protocol: str = "strict", style: str = "compact") -> float:
+def reward(
+    completion: str, example: Example, *, protocol: str = "strict", style: str = "compact"
+) -> float:
     """`verdict(...).reward`: strict 1 or 0; d1 the share of blanks equal to the stored solution."""
     return verdict(completion, example, protocol=protocol, style=style).reward
 
 
 def verdict(completion: str, example: Example, *, protocol: str, style: str) -> Verdict:
-    """Strict: 1 for any complete grid that keeps givens and rules.  d1: correct blanks / blanks, nothing else checked.
+    """Strict: 1 for any complete grid that keeps givens and rules.  d1: correct blanks / blanks,
+    nothing else checked.
 
-    Components: `correct` and `cells` (blanks equal to the stored solution, blanks: d1's accuracy sums both over a file),
-    `cell_accuracy` their ratio (0 without blanks), `solved` (strict: any valid grid; d1: all blanks equal to the stored one).
+    Components: `correct` and `cells` (blanks equal to the stored solution, blanks: d1's accuracy
+    sums both over a file), `cell_accuracy` their ratio (0 without blanks), `solved` (strict: any
+    valid grid; d1: all blanks equal to the stored one).
     """
     if one_of(protocol, PROTOCOLS, "protocol") == "d1":
         answer, failure = _d1_answer(completion, style), None
         correct, cells = _correct(answer, example), example.puzzle.count("0")
         if correct < cells or not cells:
             failure = "wrong_cells" if answer else "no_answer"
-        return Verdict(correct / cells if cells else 0.0, failure, _components(correct, cells, solved=failure is None))
+        return Verdict(
+            correct / cells if cells else 0.0,
+            failure,
+            _components(correct, cells, solved=failure is None),
+        )
     answer, failure = strict_answer(completion, style)
     answer = "".join(answer.split())
     if failure is None:
         failure = _fault(answer, example.puzzle)
     correct = 0 if failure in ("wrong_length", "wrong_characters") else _correct(answer, example)
-    return Verdict(float(failure is None), failure, _components(correct, example.puzzle.count("0"), solved=failure is None))
+    return Verdict(
+        float(failure is None),
+        failure,
+        _components(correct, example.puzzle.count("0"), solved=failure is None),
+    )
 
 
 def _components(correct: int, cells: int, *, solved: bool) -> dict[str, float]:
@@ -238,15 +280,21 @@ def _keeps_givens(grid: str, puzzle: str) -> bool:
 
 def _correct(answer: str, example: Example) -> int:
     """Blanks of the puzzle that an answer of any length fills as the stored solution does."""
-    return sum(a == s for a, s, given in zip(answer, example.solution, example.puzzle, strict=False) if given == "0")
+    return sum(
+        a == s
+        for a, s, given in zip(answer, example.solution, example.puzzle, strict=False)
+        if given == "0"
+    )
 
 
 def _d1_answer(completion: str, style: str) -> str:
-    """What d1's evaluation takes for the grid, white space removed: at most 16 characters that need not be digits.
+    """What d1's evaluation takes for the grid, white space removed: at most 16 characters that need
+    not be digits.
 
-    The five patterns of `parse_sudoku_answers`, each rewritten to run in linear time: (1) digits in a code fence after <answer>,
-    (2) <answer> up to </answer> or an end token, (3) what follows </answer>, (4) 16 digits just before </answer>, (5) 16 digits
-    alone.  A pattern counts if its first match is not blank.  d1 pads with "0", which no solution holds: a cut says the same.
+    The five patterns of `parse_sudoku_answers`, each rewritten to run in linear time: (1) digits in
+    a code fence after <answer>, (2) <answer> up to </answer> or an end token, (3) what follows
+    </answer>, (4) 16 digits just before </answer>, (5) 16 digits alone.  A pattern counts if its
+    first match is not blank.  d1 pads with "0", which no solution holds: a cut says the same.
     """
     if one_of(style, STYLES, "style") == "compact":
         return "".join(completion.split())[:16]

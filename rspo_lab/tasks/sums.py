@@ -1,7 +1,9 @@
-"""Sums: copy and work out eight additions of digits, one after the other; a task with completions of 56 tokens.
+"""Sums: copy and work out eight additions of digits, one after the other; a task with completions
+of 56 tokens.
 
-Prompt "7+8=  ;0+5=  ;...:", completion "7+8=15;0+5=05;..." (seven characters a sum).  The reward is the share of right sums.  Splits are by
-the eight sums through a content hash, about 15 % test.  The task is ours: it has no published prompt or protocol.
+Prompt "7+8=  ;0+5=  ;...:", completion "7+8=15;0+5=05;..." (seven characters a sum).  The reward is
+the share of right sums.  Splits are by the eight sums through a content hash, about 15 % test.  The
+task is ours: it has no published prompt or protocol.
 """
 
 import hashlib
@@ -29,23 +31,33 @@ class Example:
 
 
 def examples(split: str, n: int, *, seed: int) -> list[Example]:
-    """n different problems of a split; a longer list starts with the shorter one.  ValueError for another split."""
+    """n different problems of a split; a longer list starts with the shorter one.  ValueError for
+    another split.
+    """
     test, rng = one_of(split, ("train", "test"), "split") == "test", random.Random(seed)
     found: dict[tuple, Example] = {}
     while len(found) < n:
         chosen = tuple((rng.randrange(10), rng.randrange(10)) for _ in range(SUMS))
-        if (int.from_bytes(hashlib.sha256(_listed(chosen).encode()).digest()[:8]) % 100 < TEST_PERCENT) == test:
+        if (
+            int.from_bytes(hashlib.sha256(_listed(chosen).encode()).digest()[:8]) % 100
+            < TEST_PERCENT
+        ) == test:
             found[chosen] = Example(f"sums-{_listed(chosen)}", chosen)
     return list(found.values())
 
 
 def read(path: str | Path, n: int | None = None) -> list[Example]:
-    """The first n problems (all if None) of a jsonl file of `{"sums": "7+8,0+5,1+1,9+9,2+3,4+4,6+0,3+8"}`.
+    """The first n problems (all if None) of a jsonl file of `{"sums":
+    "7+8,0+5,1+1,9+9,2+3,4+4,6+0,3+8"}`.
 
-    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row, or if there are fewer than n.
+    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row,
+    or if there are fewer than n.
     """
     found = [
-        Example(f"{Path(path).name}:{where.rpartition(':')[2]}", _pairs(field(row, "sums", str, where), where))
+        Example(
+            f"{Path(path).name}:{where.rpartition(':')[2]}",
+            _pairs(field(row, "sums", str, where), where),
+        )
         for where, row in objects(path)
     ]
     return first(found, n, path)
@@ -63,12 +75,16 @@ def from_record(row: dict, where: str) -> Example:
 
 def _pairs(text: str, where: str) -> tuple[tuple[int, int], ...]:
     if not re.fullmatch(rf"([0-9]\+[0-9],){{{SUMS - 1}}}[0-9]\+[0-9]", text):
-        raise ValueError(f'{where}: sums {text[:60]!r}; write {SUMS} of two digits each, as "7+8,0+5,..."')
+        raise ValueError(
+            f'{where}: sums {text[:60]!r}; write {SUMS} of two digits each, as "7+8,0+5,..."'
+        )
     return tuple(tuple(map(int, sum_.split("+"))) for sum_ in text.split(","))
 
 
 def prompt(example: Example, style: str) -> str:
-    """Compact: "7+8=  ;0+5=  ;...:".  d1, d1-eval: an instruction that asks for the same between <answer> tags."""
+    """Compact: "7+8=  ;0+5=  ;...:".  d1, d1-eval: an instruction that asks for the same between
+    <answer> tags.
+    """
     if one_of(style, STYLES, "style") == "compact":
         return "".join(f"{a}+{b}=  ;" for a, b in example.pairs) + ":"
     return f"Work out {_listed(example.pairs)}. Respond with all of them, in order, sums in two digits: <answer>7+8=15;0+5=05;</answer>"
@@ -89,7 +105,9 @@ def solutions(example: Example) -> list[str]:
     return ["".join(_line(a, b) for a, b in example.pairs)]
 
 
-def reward(completion: str, example: Example, *, protocol: str = "strict", style: str = "compact") -> float:
+def reward(
+    completion: str, example: Example, *, protocol: str = "strict", style: str = "compact"
+) -> float:
     """`verdict(...).reward`: the share of right sums."""
     return verdict(completion, example, protocol=protocol, style=style).reward
 
@@ -103,7 +121,13 @@ def verdict(completion: str, example: Example, *, protocol: str, style: str) -> 
     if failure is None:
         lines = [answer[i : i + LINE] for i in range(0, len(answer), LINE)]
         correct = sum(line == _line(a, b) for line, (a, b) in zip(lines, example.pairs))
-        failure = "wrong_length" if len(answer) != COMPACT_LENGTH else "wrong_sums" if correct < SUMS else None
+        failure = (
+            "wrong_length"
+            if len(answer) != COMPACT_LENGTH
+            else "wrong_sums"
+            if correct < SUMS
+            else None
+        )
     share = 0.0 if failure == "wrong_length" else correct / SUMS
     return Verdict(share, failure, {"solved": float(failure is None), "correct": float(correct)})
 

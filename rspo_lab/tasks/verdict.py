@@ -1,8 +1,10 @@
-"""Verdicts: what a verifier says of one completion, and where a strict verifier looks for the answer.
+"""Verdicts: what a verifier says of one completion, and where a strict verifier looks for the
+answer.
 
-Rewards are in [0, 1].  Protocol "strict" pays 1 for a correct answer and 0 for anything else; protocol "d1" reproduces the
-published evaluation scorer (github.com/dllm-reasoning/d1, eval/parse_and_get_acc.py).  Style "compact": the whole completion is
-the answer; styles "d1" (the published training message) and "d1-eval" (the evaluation message, with the first word of the reply
+Rewards are in [0, 1].  Protocol "strict" pays 1 for a correct answer and 0 for anything else;
+protocol "d1" reproduces the published evaluation scorer (github.com/dllm-reasoning/d1,
+eval/parse_and_get_acc.py).  Style "compact": the whole completion is the answer; styles "d1" (the
+published training message) and "d1-eval" (the evaluation message, with the first word of the reply
 prefilled): the answer stands between <answer> and </answer>.
 """
 
@@ -10,7 +12,11 @@ from dataclasses import dataclass
 
 PROTOCOLS = ("strict", "d1")
 STYLES = ("compact", "d1", "d1-eval")
-PREFILL = {"compact": "", "d1": "", "d1-eval": "<reasoning>"}  # written after the chat template; not part of the completion
+PREFILL = {
+    "compact": "",
+    "d1": "",
+    "d1-eval": "<reasoning>",
+}  # written after the chat template; not part of the completion
 D1_FORMAT = """
 Respond in the following format:
 <reasoning>
@@ -32,7 +38,9 @@ LONGEST_ANSWER = 200  # characters; the longest of MATH is 159
 
 @dataclass(frozen=True)
 class Verdict:
-    """`failure` is None exactly when nothing is wrong; `components` are named numbers to log beside the reward."""
+    """`failure` is None exactly when nothing is wrong; `components` are named numbers to log beside
+    the reward.
+    """
 
     reward: float
     failure: str | None
@@ -49,14 +57,20 @@ def one_of(value: str, choices: tuple[str, ...], noun: str) -> str:
 def in_words(style: str, task: str) -> str:
     """`style` if it is one of messages in words, else ValueError: the task has no compact style."""
     if one_of(style, STYLES, "style") == "compact":
-        raise ValueError(f"{task} has no compact style: give style d1 or d1-eval, and a model that reads words")
+        raise ValueError(
+            f"{task} has no compact style: give style d1 or d1-eval, and a model that reads words"
+        )
     return style
 
 
-def strict_answer(completion: str, style: str, *, longest: int = LONGEST_ANSWER, ascii_only: bool = True) -> tuple[str, str | None]:
-    """(answer, None) or ("", failure): the one answer of a completion, at most `longest` characters and ASCII unless told otherwise.
+def strict_answer(
+    completion: str, style: str, *, longest: int = LONGEST_ANSWER, ascii_only: bool = True
+) -> tuple[str, str | None]:
+    """(answer, None) or ("", failure): the one answer of a completion, at most `longest` characters
+    and ASCII unless told otherwise.
 
-    Unless the style is "compact", exactly one `<answer>` and one `</answer>` must occur; a single `\\boxed{...}` may wrap the answer.
+    Unless the style is "compact", exactly one `<answer>` and one `</answer>` must occur; a single
+    `\\boxed{...}` may wrap the answer.
     """
     if one_of(style, STYLES, "style") != "compact":
         opened, closed = completion.count("<answer>"), completion.count("</answer>")
