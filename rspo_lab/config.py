@@ -7,8 +7,8 @@ import torch
 
 from rspo_lab.advantages import ADVANTAGES
 from rspo_lab.masks.designs import design as design_named
-from rspo_lab.models.diffusion_lm import find
 from rspo_lab.models.kv_cache import KINDS
+from rspo_lab.models.loading import find
 from rspo_lab.objectives import RECIPES
 from rspo_lab.tasks import task as task_named
 from rspo_lab.tasks.verdict import in_words

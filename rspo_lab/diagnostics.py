@@ -5,11 +5,11 @@ Shapes: R replicates, B sequences.  Log-ratios in nats, in the unit that `lam` w
 
 import math
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from rspo_lab.objectives import centre
+from rspo_lab.statistics import correlation, ratio
 
 
 def gap_summary(
@@ -42,7 +42,7 @@ def gap_summary(
     record = {
         "d_mean": estimate.mean().item(),
         "d_sd": estimate.std(correction=1).item(),
-        "calibration_ratio": _ratio(lam * own, advantage.std().item()),
+        "calibration_ratio": ratio(lam * own, advantage.std().item()),
         "target_correlation": correlation(d_hat, advantage),
         "mask_sd": None,
         "reliability": None,
@@ -66,81 +66,5 @@ def gap_summary(
     return record
 
 
-def correlation(a: Float[Tensor, " B"], b: Float[Tensor, " B"]) -> float | None:
-    """Pearson's, or None where one of them does not vary."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    return _ratio((a * b).sum().item(), (a.norm() * b.norm()).item())
-
-
-def mean_interval(values: list[float]) -> tuple[float, float, float]:
-    """(mean, low, high): 95 % Student interval of a mean over n >= 2 independent seeds."""
-    n = len(values)
-    if n < 2:
-        raise ValueError(f"an interval over seeds needs at least 2 of them, not {n}")
-    mean = sum(values) / n
-    half = _student(n - 1) * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    return mean, mean - half, mean + half
-
-
-def stratified_bootstrap(
-    strata: list[list[float]], *, generator: torch.Generator, resamples: int = 2000
-) -> tuple[float, float, float]:
-    """(mean of the strata's means, low, high): 95 % percentiles when seeds are redrawn within each
-    stratum (arXiv:2108.13264).
-
-    Too narrow for few seeds: for one stratum of normal values it covers the mean in about 71 % of
-    cases with 3 seeds, 83 % with 5.
-    """
-    means = []
-    for stratum in strata:
-        values = torch.tensor(stratum, dtype=torch.float64)
-        means.append(
-            values[torch.randint(len(values), (resamples, len(values)), generator=generator)].mean(
-                1
-            )
-        )
-    low, high = (
-        torch.stack(means)
-        .mean(0)
-        .quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-        .tolist()
-    )
-    return sum(sum(stratum) / len(stratum) for stratum in strata) / len(strata), low, high
-
-
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion, which it holds to the last bit."""
-    z, p = 1.959963984540054, correct / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    return max(0.0, min(low, p)), min(1.0, max(high, p))
-
-
-def variance_se(*samples: Float[Tensor, "n ..."]) -> tuple[Tensor, Tensor]:
-    """(unbiased variance, its standard error) over the first axis, from the fourth central moment.
-
-    Of several samples the sum of their variances, which is that of their sum if it were drawn
-    independently; the error minds that here they were drawn together.
-    """
-    n = len(samples[0])
-    squares = sum((x - x.mean(0)).square() for x in samples)
-    variance = squares.sum(0) / (n - 1)
-    fourth = squares.square().mean(0)
-    return variance, ((fourth - variance.square() * (n - 3) / (n - 1)).clamp(min=0) / n).sqrt()
-
-
-def _student(df: int) -> float:
-    """97.5 % quantile of Student's t (tabulated; from 30 on that of 29, which is slightly wide)."""
-    table = [
-        12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
-    ]  # fmt: skip
-    return table[min(df, len(table)) - 1]
-
-
 def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
-
-
-def _ratio(a: float, b: float) -> float | None:
-    return None if b == 0 else a / b

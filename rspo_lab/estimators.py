@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rspo_lab.batch import Batch
-from rspo_lab.masks.designs import Masks
+from rspo_lab.masks.base import Masks
 
 Denoiser = Callable[[Batch, Bool[Tensor, "B L"]], Float[Tensor, "B L"]]
 

@@ -12,11 +12,11 @@ import torch
 
 from rspo_lab.batch import Batch
 from rspo_lab.decoding import complete, rewards, solve_rate
-from rspo_lab.diagnostics import wilson
-from rspo_lab.masks.designs import count
+from rspo_lab.masks.published import count
 from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.models.kv_cache import KINDS
 from rspo_lab.random_streams import generator
+from rspo_lab.statistics import wilson
 
 
 def pretrain(

@@ -29,12 +29,15 @@ from rspo_lab.checkpoints import (
 )
 from rspo_lab.config import TrainConfig
 from rspo_lab.decoding import complete, rewards, solve_rate
+from rspo_lab.design_choice import CountProfile, count_profile
 from rspo_lab.diagnostics import gap_summary
 from rspo_lab.distributed import ALONE, World, whole
 from rspo_lab.estimators import elbo_draws
-from rspo_lab.masks.allocation import CountProfile, count_profile
 from rspo_lab.masks.designs import design as design_named
-from rspo_lab.models.diffusion_lm import DiffusionLM, add_lora, load, reference_of, shard
+from rspo_lab.models.adapters import add_lora
+from rspo_lab.models.diffusion_lm import DiffusionLM, shard
+from rspo_lab.models.loading import load
+from rspo_lab.policies import reference_of
 from rspo_lab.random_streams import generator
 from rspo_lab.runs.files import write_json
 from rspo_lab.runs.interrupts import noted

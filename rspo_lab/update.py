@@ -14,10 +14,11 @@ from torch import Tensor
 from rspo_lab import objectives
 from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
+from rspo_lab.design_choice import CountProfile, recommend_design
 from rspo_lab.distributed import ALONE
 from rspo_lab.estimators import elbo_draws, elbo_slices, two_level_baseline
-from rspo_lab.masks.allocation import CountProfile, allocate, common, drawn, recommend_design
-from rspo_lab.masks.designs import Masks
+from rspo_lab.masks.allocation import allocate, common, drawn
+from rspo_lab.masks.base import Masks
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.random_streams import generator
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rspo_lab.decoding import solve_rate
-from rspo_lab.models.diffusion_lm import load, tiny
+from rspo_lab.models.loading import load, tiny
 from rspo_lab.pretraining import decoding, decoding_table, pretrain
 from rspo_lab.tasks import countdown, sudoku
 

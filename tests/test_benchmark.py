@@ -17,7 +17,7 @@ from rspo_lab.benchmarks.evaluate import BenchmarkConfig, benchmark
 from rspo_lab.benchmarks.grade import grade, pass_at_k
 from rspo_lab.cli import main
 from rspo_lab.decoding import prompts, texts
-from rspo_lab.models import diffusion_lm as models
+from rspo_lab.models import loading as models
 from rspo_lab.runs import run as runs
 from rspo_lab.runs.run import RunError
 from rspo_lab.tasks import gsm8k, sudoku

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
-from rspo_lab.diagnostics import correlation, gap_summary, mean_interval, variance_se, wilson
+from rspo_lab.diagnostics import gap_summary
 from rspo_lab.measure.gap import gap_table
 from rspo_lab.measure.score_noise import factors
+from rspo_lab.statistics import correlation, mean_interval, variance_se, wilson
 
 
 def test_gap_summary_by_hand():

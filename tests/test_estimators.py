@@ -8,7 +8,9 @@ import torch
 from conftest import completions, table_denoiser
 
 from rspo_lab.estimators import elbo_draws, eubo, level_control, log_ratio_draws, two_level_baseline
-from rspo_lab.masks.designs import DESIGNS, Masks, count, coupled, design
+from rspo_lab.masks.base import Masks
+from rspo_lab.masks.designs import DESIGNS, design
+from rspo_lab.masks.published import count, coupled
 from rspo_lab.objectives import rspo
 from rspo_lab.oracle import exact_elbo, exact_logp, subset_tables
 

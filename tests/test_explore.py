@@ -21,8 +21,9 @@ from rspo_lab.interactive import explorer
 from rspo_lab.interactive import session as explore
 from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.measure.gap import through_training
-from rspo_lab.models.diffusion_lm import load, reference_of
+from rspo_lab.models.loading import load
 from rspo_lab.oracle import count_moments
+from rspo_lab.policies import reference_of
 from rspo_lab.random_streams import generator
 from rspo_lab.runs.files import write_json
 from rspo_lab.tasks import sudoku

@@ -18,7 +18,7 @@ import pytest
 from rspo_lab.benchmarks.evaluate import BenchmarkConfig
 from rspo_lab.cli import main
 from rspo_lab.config import TrainConfig
-from rspo_lab.models.diffusion_lm import tiny
+from rspo_lab.models.loading import tiny
 from rspo_lab.runs.run import open_run, release
 from rspo_lab.tasks import gym, task
 from rspo_lab.training import train

@@ -1,7 +1,7 @@
 """Every design against the inclusion identity: the total weight that each hidden set S gets is 1 /
 (l C(u, l)).
 
-Exact: a design reads its generator only through `_uniform`, so feeding that every token order and
+Exact: a design reads its generator only through `uniform`, so feeding that every token order and
 every cell of its levels runs the design's own code over its whole support.
 """
 
@@ -12,14 +12,12 @@ from collections import defaultdict
 import pytest
 import torch
 
-from rspo_lab.masks import designs as masks_module
-from rspo_lab.masks.designs import (
-    DESIGNS,
+from rspo_lab.masks import base, ours, published
+from rspo_lab.masks.designs import DESIGNS, design
+from rspo_lab.masks.ours import cyck, cycle
+from rspo_lab.masks.published import (
     count,
     coupled,
-    cyck,
-    cycle,
-    design,
     gauss,
     left_to_right,
     one_step,
@@ -27,6 +25,13 @@ from rspo_lab.masks.designs import (
     systematic,
     t_redraw,
 )
+
+
+def patch_uniform(monkeypatch, uniform):
+    """Every module of designs draws its numbers from `uniform`."""
+    for module in (base, published, ours):
+        monkeypatch.setattr(module, "uniform", uniform)
+
 
 U = 4
 SUBSETS = [s for n in range(1, U + 1) for s in itertools.combinations(range(U), n)]
@@ -67,7 +72,7 @@ def support(name, views, levels, monkeypatch, valid=None):
             )[:, :1].expand(shape)
         return order.expand(shape)
 
-    monkeypatch.setattr(masks_module, "_uniform", uniform)
+    patch_uniform(monkeypatch, uniform)
     masks = design(name)(
         torch.ones(len(rows), U, dtype=torch.bool), views, generator=torch.Generator()
     )
@@ -229,7 +234,7 @@ def test_t_iid_weighs_every_level_by_its_inverse(monkeypatch):
         torch.tensor([1e-7, 0.1, 0.7, 0.9], dtype=torch.float64),
     )
     draws = iter([level, coin.expand(1, 3, U)])
-    monkeypatch.setattr(masks_module, "_uniform", lambda shape, generator: next(draws))
+    patch_uniform(monkeypatch, lambda shape, generator: next(draws))
     masks = DESIGNS["t_iid"](torch.ones(3, U, dtype=torch.bool), 1, generator=torch.Generator())
     assert masks.weight.tolist() == [pytest.approx([1e6, 100, 2])] and masks.hidden[0].sum(
         1
@@ -458,9 +463,7 @@ def test_cyck_keeps_the_largest_cycles(monkeypatch):
     level = torch.tensor([0.1, 0.7, 0.5, 0.5, 0.5], dtype=torch.float64)
     order = torch.arange(5, dtype=torch.float64) / 5
     draws = iter([level, order])
-    monkeypatch.setattr(
-        masks_module, "_uniform", lambda shape, generator: next(draws).expand(shape)
-    )
+    patch_uniform(monkeypatch, lambda shape, generator: next(draws).expand(shape))
     masks = cyck(torch.ones(1, 5, dtype=torch.bool), 2, k=2, generator=torch.Generator())
     assert masks.hidden[:, 0].int().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 1]]
 

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rspo_lab.batch import Batch, valid_until_end
-from rspo_lab.models.diffusion_lm import add_lora, load, reference_of, tiny
+from rspo_lab.models.adapters import add_lora
+from rspo_lab.models.loading import load, tiny
+from rspo_lab.policies import reference_of
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from conftest import completions, table_denoiser
 
 from rspo_lab.estimators import elbo_draws
-from rspo_lab.masks.designs import count
+from rspo_lab.masks.published import count
 from rspo_lab.oracle import count_moments, exact_elbo, exact_logp, exact_scores
 
 

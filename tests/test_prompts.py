@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from rspo_lab.decoding import prompts
-from rspo_lab.models.diffusion_lm import DiffusionLM, tiny
+from rspo_lab.models.diffusion_lm import DiffusionLM
+from rspo_lab.models.loading import tiny
 from rspo_lab.models.tokenizer import read_tokenizer
 from rspo_lab.tasks import gsm8k
 

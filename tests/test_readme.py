@@ -15,7 +15,7 @@ from rspo_lab import objectives, tasks
 from rspo_lab.cli import _joined, _parser
 from rspo_lab.config import TrainConfig
 from rspo_lab.masks import designs as masks
-from rspo_lab.models import diffusion_lm as model
+from rspo_lab.models import loading as model
 from rspo_lab.sweeps.study import read_study
 from rspo_lab.training import train
 

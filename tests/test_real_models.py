@@ -18,11 +18,13 @@ from transformers import Qwen2Tokenizer
 
 from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
-from rspo_lab.masks.designs import count
-from rspo_lab.models.diffusion_lm import add_lora, load, reference_of
+from rspo_lab.masks.published import count
+from rspo_lab.models.adapters import add_lora
+from rspo_lab.models.loading import load
 from rspo_lab.models.tokenizer import char_tokenizer
 from rspo_lab.models.vocabulary_head import token_logp
 from rspo_lab.objectives import Loss
+from rspo_lab.policies import reference_of
 from rspo_lab.training import train
 from rspo_lab.update import accumulate_gradient
 

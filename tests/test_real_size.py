@@ -20,8 +20,8 @@ from rspo_lab.batch import Batch
 from rspo_lab.cli import main
 from rspo_lab.config import TrainConfig
 from rspo_lab.decoding import prompts
-from rspo_lab.masks.designs import count
-from rspo_lab.models.diffusion_lm import load
+from rspo_lab.masks.published import count
+from rspo_lab.models.loading import load
 from rspo_lab.random_streams import generator
 from rspo_lab.sweeps.study import read_study
 from rspo_lab.tasks import gsm8k, sudoku

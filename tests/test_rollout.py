@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from rspo_lab.models.diffusion_lm import tiny
+from rspo_lab.models.loading import tiny
 from rspo_lab.sampler import generate
 
 

@@ -15,10 +15,10 @@ from test_training import Folder, base, config  # noqa: F401
 
 from rspo_lab.cli import main
 from rspo_lab.config import TrainConfig
-from rspo_lab.diagnostics import stratified_bootstrap
 from rspo_lab.figures.train import _looks, arms_figure
 from rspo_lab.runs.files import read_json
 from rspo_lab.runs.parameters import complete, declared
+from rspo_lab.statistics import stratified_bootstrap
 from rspo_lab.sweeps import comparison as arms
 from rspo_lab.sweeps import report, study
 from rspo_lab.training import train

@@ -7,11 +7,11 @@ import torch
 
 from rspo_lab.batch import Batch
 from rspo_lab.figures.throughput import throughput_figure
-from rspo_lab.masks.designs import count
+from rspo_lab.masks.published import count
 from rspo_lab.measure import naive, throughput
 from rspo_lab.measure.cost import LiveTensors, flop, peak_bytes
 from rspo_lab.measure.naive import NaiveLM, naive_generate
-from rspo_lab.models.diffusion_lm import add_lora
+from rspo_lab.models.adapters import add_lora
 from rspo_lab.random_streams import generator
 
 WIDTH, FFN, VOCAB, RANK, PROMPT, COMPLETION = 32, 48, 3000, 4, 5, 12

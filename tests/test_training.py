@@ -23,9 +23,10 @@ from rspo_lab.batch import Batch
 from rspo_lab.checkpoints import trained_run
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import elbo_draws
-from rspo_lab.masks.designs import count
-from rspo_lab.models.diffusion_lm import load, reference_of
+from rspo_lab.masks.published import count
+from rspo_lab.models.loading import load
 from rspo_lab.objectives import RECIPES, rspo
+from rspo_lab.policies import reference_of
 from rspo_lab.tasks import sudoku
 from rspo_lab.training import Diverged, Preempted, held_still, train
 from rspo_lab.update import accumulate_gradient

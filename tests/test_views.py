@@ -9,15 +9,9 @@ import pytest
 import torch
 
 from rspo_lab.batch import Batch
+from rspo_lab.design_choice import CountProfile, count_profile, recommend_design
 from rspo_lab.estimators import elbo_draws
-from rspo_lab.masks.allocation import (
-    CountProfile,
-    allocate,
-    common,
-    count_profile,
-    drawn,
-    recommend_design,
-)
+from rspo_lab.masks.allocation import allocate, common, drawn
 from rspo_lab.masks.designs import design
 from rspo_lab.oracle import exact_elbo, subset_tables
 

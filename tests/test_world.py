@@ -173,7 +173,7 @@ PRIMITIVES = """
 import sys
 from pathlib import Path
 import torch
-from rspo_lab.models.diffusion_lm import load
+from rspo_lab.models.loading import load
 from rspo_lab.distributed import joined
 
 with joined("cpu") as world:

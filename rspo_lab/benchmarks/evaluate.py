@@ -147,9 +147,9 @@ def benchmark(
         config.schedule(length)
     if wrong := [k for k in ks if not 1 <= k <= config.samples]:
         raise ValueError(f"pass@{wrong[0]} needs k from 1 to the {config.samples} samples")
-    from rspo_lab.diagnostics import stratified_bootstrap
-    from rspo_lab.models.diffusion_lm import find
+    from rspo_lab.models.loading import find
     from rspo_lab.random_streams import generator
+    from rspo_lab.statistics import stratified_bootstrap
 
     find(config.model)
     if config.data:
@@ -224,7 +224,7 @@ def _complete(
             import torch
 
             from rspo_lab.decoding import complete, texts
-            from rspo_lab.models.diffusion_lm import load
+            from rspo_lab.models.loading import load
             from rspo_lab.random_streams import generator
 
             model = model or load(config.model, device=device, dtype=getattr(torch, config.dtype))

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rspo_lab.diagnostics import mean_interval, wilson
 from rspo_lab.figures.style import (
     COLUMN,
     INK,
@@ -18,6 +17,7 @@ from rspo_lab.figures.style import (
     TARGET,
     new_figure,
 )
+from rspo_lab.statistics import mean_interval, wilson
 
 PARAMETERS = {"lam": "λ, per nat", "lr": "learning rate", "views": "masks a sequence, K"}
 

@@ -17,14 +17,16 @@ from torch import Tensor
 from rspo_lab.checkpoints import saved_policy, trained_run
 from rspo_lab.config import TrainConfig
 from rspo_lab.decoding import complete, rewards
-from rspo_lab.diagnostics import variance_se
 from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.measure.score_noise import TABLED, table_anova, table_estimates
-from rspo_lab.models.diffusion_lm import DiffusionLM, load, reference_of
+from rspo_lab.models.diffusion_lm import DiffusionLM
+from rspo_lab.models.loading import load
 from rspo_lab.oracle import subset_tables, table_elbo
+from rspo_lab.policies import reference_of
 from rspo_lab.random_streams import generator
 from rspo_lab.runs.files import read_json
+from rspo_lab.statistics import variance_se
 from rspo_lab.tasks import task as task_named
 from rspo_lab.training import Rollouts, held_still
 

@@ -14,8 +14,9 @@ from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import log_ratio_draws
 from rspo_lab.masks.designs import design as design_named
-from rspo_lab.models.diffusion_lm import load, reference_of
+from rspo_lab.models.loading import load
 from rspo_lab.oracle import exact_scores
+from rspo_lab.policies import reference_of
 from rspo_lab.random_streams import generator
 from rspo_lab.training import held_still
 

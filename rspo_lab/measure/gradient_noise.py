@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rspo_lab import objectives
 from rspo_lab.config import TrainConfig
-from rspo_lab.diagnostics import variance_se
+from rspo_lab.design_choice import CountProfile
 from rspo_lab.estimators import elbo_draws, log_ratio_draws
-from rspo_lab.masks.allocation import CountProfile
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.random_streams import generator
+from rspo_lab.statistics import variance_se
 from rspo_lab.training import Rollouts
 from rspo_lab.update import design_chooser, scorings
 

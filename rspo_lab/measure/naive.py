@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rspo_lab.batch import Batch
 from rspo_lab.estimators import elbo_draws
-from rspo_lab.masks.designs import Masks
+from rspo_lab.masks.base import Masks
 from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.objectives import Loss
 

@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rspo_lab.batch import Batch
-from rspo_lab.diagnostics import correlation, variance_se
 from rspo_lab.estimators import elbo_draws
-from rspo_lab.masks.designs import Masks
+from rspo_lab.masks.base import Masks
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.oracle import count_moments, subset_tables, table_elbo, table_logp
 from rspo_lab.random_streams import generator
+from rspo_lab.statistics import correlation, variance_se
 
 COLUMNS = ["design", "views", "cost", "quantity", "value", "stderr"]
 TABLED = 12  # most tokens of a completion whose 2^u masks are tabulated

@@ -18,13 +18,17 @@ from torch import Tensor
 
 from rspo_lab.batch import Batch
 from rspo_lab.estimators import elbo_draws
-from rspo_lab.masks.designs import Masks, count
+from rspo_lab.masks.base import Masks
+from rspo_lab.masks.published import count
 from rspo_lab.measure.cost import flop, timed
 from rspo_lab.measure.naive import NaiveLM, naive_generate, one_graph
-from rspo_lab.models.diffusion_lm import DiffusionLM, add_lora, reference_of, untrained
+from rspo_lab.models.adapters import add_lora
+from rspo_lab.models.diffusion_lm import DiffusionLM
+from rspo_lab.models.loading import untrained
 from rspo_lab.models.tokenizer import char_tokenizer
 from rspo_lab.models.vocabulary_head import token_logp
 from rspo_lab.objectives import Loss, rspo
+from rspo_lab.policies import reference_of
 from rspo_lab.random_streams import generator
 from rspo_lab.sampler import generate
 from rspo_lab.update import accumulate_gradient

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from rspo_lab.diagnostics import mean_interval, stratified_bootstrap, wilson
 from rspo_lab.random_streams import generator
 from rspo_lab.runs.files import read_json
+from rspo_lab.statistics import mean_interval, stratified_bootstrap, wilson
 
 
 def history(path: Path) -> list[dict]:

@@ -1,0 +1,51 @@
+"""Low-rank adapters on a diffusion model."""
+
+import torch
+from torch import nn
+
+from rspo_lab.models.diffusion_lm import DiffusionLM
+
+LORA_TARGETS = {
+    "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "d1": [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "up_proj",
+    ],  # the four of d1's seven names that exist in LLaDA's blocks
+}
+
+
+def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: int) -> None:
+    """Put trainable low-rank adapters (no dropout) on the matrices of a preset and freeze the rest.
+
+    Raises ValueError for an unknown preset and for a target that names no matrix of this model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if preset not in LORA_TARGETS:
+        raise ValueError(f"lora must be one of {', '.join(LORA_TARGETS)}, not {preset!r}")
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.hf.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    if absent := [target for target in LORA_TARGETS[preset] if target not in names]:
+        raise ValueError(
+            f"LoRA targets {absent} name no matrix of this model; it has {sorted(names)}"
+        )
+    lora = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS[preset]
+    )
+    with torch.random.fork_rng(devices=[]):  # peft initialises from the global generator
+        torch.default_generator.manual_seed(seed)
+        model.hf = get_peft_model(model.hf, lora).eval()
+    multiply_in_base_precision(model.to(model.device))
+
+
+def multiply_in_base_precision(model: DiffusionLM) -> DiffusionLM:
+    """The model, whose adapters leave the precision of their products to `precision`."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = False
+    return model

@@ -1,0 +1,171 @@
+"""Checkpoints read from a folder or the hub, and small models made here; strict about what is found."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
+
+from rspo_lab.models.adapters import multiply_in_base_precision
+from rspo_lab.models.architectures import LladaConfig, read_config
+from rspo_lab.models.diffusion_lm import DiffusionLM
+from rspo_lab.models.tokenizer import char_tokenizer, read_tokenizer
+
+if not sys.stderr.isatty():  # bars only where somebody watches them move
+    hf_logging.disable_progress_bar()
+
+
+DATA = Path(__file__).parents[2] / "data"
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> DiffusionLM:
+    """A checkpoint from a local folder, one of the project's own (`base-sudoku`), or a hub name;
+    strict about what it finds.
+
+    LLaDA, Dream and A2D-Qwen3 are read in their published layout or in transformers', without any
+    code of theirs.  A folder of LoRA adapters, as training saves them, is loaded on top of the base
+    that it names.  device: "auto" is cuda where there is one, else the CPU.  attention: a name that
+    transformers knows, "sdpa", "eager", "flash_attention_2" ...
+
+    Raises FileNotFoundError for a folder or a tokenizer that is not there, ValueError for tensors
+    that are missing, unexpected, of another shape or pickled, for a causal model, and for an
+    architecture that has no native class.
+    """
+    name, device = find(name), _device(device)
+    if (Path(name) / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        base_name = json.loads((Path(name) / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+        base = load(base_name, device=device, dtype=dtype, attention=attention)
+        base.hf = PeftModel.from_pretrained(
+            base.hf, name, is_trainable=True
+        ).eval()  # without the dropout that its training may have had
+        return multiply_in_base_precision(base)
+    config = read_config(name)
+    tokenizer = read_tokenizer(name, config)
+    if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
+        raise ValueError(
+            f"no safetensors in {name}: pickled weights (.bin) can run code and are not read; save them as safetensors"
+        )
+    hf, found = AutoModelForCausalLM.from_pretrained(
+        name,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # which are reported and refused with the others below
+    )
+    wrong = {
+        kind: sorted(map(str, found[kind]))[:3]
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if found[kind]
+    }
+    if wrong:
+        raise ValueError(f"{name} is not a checkpoint of {type(hf).__name__}: {wrong}")
+    model = DiffusionLM(hf.eval(), tokenizer).to(device)
+    _assert_bidirectional(hf, str(name))
+    return model
+
+
+def find(name: str | Path) -> str | Path:
+    """The folder of a checkpoint if there is one, else what can only be a hub name, "owner/model";
+    or FileNotFoundError.
+    """
+    for folder in (Path(name), DATA / name):
+        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+            return folder
+    if Path(name).is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
+        raise FileNotFoundError(
+            f"no model at {name}: give a folder with config.json, one of data/base-*, or a hub name owner/model"
+        )
+    return name
+
+
+def tiny(chars: str, *, seed: int, layers: int = 3, width: int = 96) -> DiffusionLM:
+    """A freshly initialised small model over a character vocabulary; about 335k parameters by
+    default.
+    """
+    return untrained(
+        char_tokenizer(chars),
+        seed=seed,
+        layers=layers,
+        width=width,
+        heads=4,
+        ffn=8 * width // 3,
+        positions=256,
+    )
+
+
+def untrained(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    layers: int,
+    width: int,
+    heads: int,
+    ffn: int,
+    positions: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> DiffusionLM:
+    """A freshly initialised model of LLaDA's architecture, made on its device and in its dtype:
+    there is no copy in another.
+
+    ffn: width of the gated layer; positions: the longest sequence.
+    """
+    device = torch.device(_device(device))
+    config = LladaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+        mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    on_gpu = device.type == "cuda"
+    with (
+        torch.random.fork_rng(devices=[device] if on_gpu else []),
+        device,
+    ):  # transformers initialises from the global generator
+        (torch.cuda if on_gpu else torch.default_generator).manual_seed(seed)
+        hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    _assert_bidirectional(hf, "the untrained model")
+    return DiffusionLM(hf.eval(), tokenizer).to(device)
+
+
+def _device(name: str) -> str:
+    """The device of that name; "auto" is cuda where there is one, else the CPU."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, and torch sees no GPU here: give cpu or auto")
+    return name
+
+
+def _assert_bidirectional(hf: nn.Module, name: str) -> None:
+    """Raises unless the last token changes what the model says about the first."""
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=hf.device)
+    with torch.no_grad():
+        first = hf(input_ids=ids, use_cache=False).logits[:, 0].float()
+    if torch.equal(first[0], first[1]):
+        raise ValueError(
+            f"{name} is causal: a diffusion model needs bidirectional attention (config.is_causal = false)"
+        )
