@@ -1,29 +1,17 @@
-"""What a training run keeps on disk: checkpoint.pt to go on from, snapshots/ to measure, and jsonl
-records of its steps.
+"""What a training run keeps on disk of its policy: checkpoint.pt to go on from, snapshots/ to measure.
 
-Every file is whole or not there; after a kill the records are cut back to the checkpoint, so that a
-resumed run is the same.
+Every file is whole or not there.
 """
 
-import json
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch.distributed.tensor import DTensor
 
-from rspo_lab.config import TrainConfig
 from rspo_lab.distributed import World, parted, whole
 from rspo_lab.runs.files import replacing
-
-RECORDS = (
-    "metrics",
-    "sequences",
-    "timing",
-    "profile",
-)  # the jsonl files of a run, a line a step or evaluation
 
 
 def save(config, folder: Path, step: int, parameters, optimizer, world: World) -> None:
@@ -77,77 +65,3 @@ def save_snapshot(policy, folder: Path) -> None:
     policy.save(partial)
     if policy.world.rank == 0:
         os.replace(partial, folder)
-
-
-def append(path: Path, record: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def kept(files: dict[str, Path], done: int) -> tuple[list[dict], list[dict]]:
-    """(metrics, profiles) of the finished steps; what a killed run wrote after its checkpoint is
-    dropped from all files.
-    """
-    for path in files.values():
-        _keep_steps(path, done)
-    return read(files["metrics"]), read(files["profile"])
-
-
-def _keep_steps(path: Path, done: int) -> None:
-    """Drops the steps after `done`, and a half-written last line."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = (
-        [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-        if done
-        else []
-    )
-    with replacing(path) as partial:
-        partial.write_text("".join(kept))
-
-
-def pairs(folder: Path) -> pd.DataFrame:
-    """A row a (evaluated step, sequence) of a run: step, d (the estimate, nats), advantage, reward;
-    none before the first evaluation.
-    """
-    frames = [pd.DataFrame(record) for record in read(folder / "sequences.jsonl")]
-    return (
-        pd.concat(frames, ignore_index=True)
-        if frames
-        else pd.DataFrame(columns=["step", "d", "advantage", "reward"], dtype=float)
-    )
-
-
-def trained_run(folder: str | Path) -> tuple[TrainConfig, dict[int, Path]]:
-    """(config, {step: saved policy}) of a training run; the base counts as step 0."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no training run at {folder}: give the folder that holds its config.json and snapshots/"
-        )
-    config = TrainConfig(**json.loads((folder / "config.json").read_text()))
-    saved = {
-        int(path.name): path
-        for path in sorted((folder / "snapshots").glob("*"))
-        if path.suffix != ".partial"
-    }
-    if not saved:
-        raise FileNotFoundError(
-            f"{folder} has no snapshots yet: let its training reach step {config.snapshot_steps[0]}"
-        )
-    return config, {0: Path(config.model)} | saved
-
-
-def saved_policy(policies: dict[int, Path], step: int) -> tuple[int, Path]:
-    """(step, folder) of one of `trained_run`'s policies; step 0 is the last one."""
-    step = step or max(policies)
-    if step not in policies:
-        raise ValueError(
-            f"no policy was saved at step {step}; there are {', '.join(map(str, sorted(policies)))}"
-        )
-    return step, policies[step]

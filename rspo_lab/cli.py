@@ -281,8 +281,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from rspo_lab.config import TrainConfig
     from rspo_lab.distributed import joined
-    from rspo_lab.training import TrainConfig, train
+    from rspo_lab.training import train
 
     parameters = fields(TrainConfig)
     if args.list:

@@ -1,7 +1,10 @@
 """The configuration of one training run: every choice a field, checked as soon as it is made."""
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
@@ -9,12 +12,13 @@ from rspo_lab.advantages import ADVANTAGES
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.models.kv_cache import KINDS
 from rspo_lab.models.loading import find
-from rspo_lab.objectives import RECIPES
+from rspo_lab.objectives import METHODS, Method
+from rspo_lab.plugins import load_plugins
+from rspo_lab.runs.parameters import Parameter, check
 from rspo_lab.tasks import task as task_named
 from rspo_lab.tasks.verdict import in_words
 
 CHOICES = {
-    "objective": RECIPES,
     "advantage": ADVANTAGES,
     "scope": ("batch", "group", "none"),
     "residual": ("shared", "leave_one_out"),
@@ -40,132 +44,173 @@ AT_LEAST_ONE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run; `objective="rspo"` with lam = 0 is the raw advantage."""
+    """One training run.  A field left at "" or 0 where the method's own is meant holds that after.
 
+    ValueError, naming the mend, for values that do not fit each other; FileNotFoundError for a
+    model or a file that is not there.
+    """
+
+    # task
     model: str  # local folder or hub name of the base, which is also the frozen reference
-    task: str
-    data: str = ""  # a local file in the task's public format; "" is the task's own training split
+    task: str  # sudoku, countdown, sums, gsm8k, math500 or reasoning_gym:<name>
+    data: str = ""  # local file in the task's public format; "" is the task's own training split
     eval_data: str = ""  # the same, of held-out problems; "" is the task's test split
-    style: str = "compact"  # prompt style: compact (tiny models) or d1
-    seed: int = 0
-    steps: int = 120
-    prompts: int = 16  # a step
-    group: int = 8  # completions a prompt
-    length: int = 0  # completion tokens where the style is not compact (there the task says)
-    block: int = 0  # tokens a decoding block; 0 is the whole completion
-    decode_steps: int = 0  # denoising steps a completion; 0 is one a token
-    temperature: float = 1.0
-    threshold: float = (
-        1.0  # below 1, rollouts also unmask every token more confident than this at once (faster)
-    )
-    # keys and values held while a block of a rollout is decoded: prefix or dual (faster,
-    # approximate)
-    cache: str = "none"
-    objective: str = "rspo"
-    lam: float = 0.03  # nats^-1 in the score's unit
-    advantage: str = "standardized"
+    style: str = "compact"  # of prompts: compact for the tiny models, d1 for real ones
+    plugins: str = ""  # a Python file with methods, designs and tasks of your own
+
+    # decoding
+    length: int = 0  # completion tokens where style is not compact (there the task says)
+    block: int = 0  # tokens per decoding block; 0 is the whole completion
+    decode_steps: int = 0  # denoising steps per completion; 0 is one per token
+    threshold: float = 0.9  # also unmask every token surer than this; 1.0 is the published sampler
+    temperature: float = 1.0  # of rollouts
+    cache: str = "none"  # keys and values kept while a block is decoded: none, prefix or dual
+
+    # objective
+    objective: str = "rspo"  # a method of objectives.METHODS
+    lam: float = 0.1  # lambda, per nat of the score; 0 is the raw advantage
     scope: str = "batch"  # rows that share a centre of d: batch, group, none
     residual: str = "shared"  # or leave_one_out
-    score_unit: str = "sequence"  # sum of nats; or token: mean over valid tokens
-    use_reference: bool = True  # False: d is the score itself
-    zero_variance: str = (
-        "keep"  # groups whose rewards agree: keep (pulled to the reference) or skip
-    )
-    # a name of masks.DESIGNS, with parameters if it has any: bsc(0.5, 0.5); auto:
-    # views.recommend_design
-    design: str = "count"
-    views: int = 2  # a distinct completion
-    common_masks: bool = (
-        False  # completions of a prompt whose tokens stand in the same places share their masks
-    )
-    inner_steps: int = 1  # updates on one rollout
-    # above 0: d = (policy - rollout's policy) on `views` masks + (that - reference) on this many,
-    # once a rollout
-    old_views: int = 0
-    # share the views out by the size of a completion's update, as measured on the old_views
-    allocate: bool = False
-    lr: float = 3e-4
+    score_unit: str = "sequence"  # summed nats; or token: mean per valid token
+    advantage: str = ""  # standardized, mean_centred, leave_one_out, softmax; "" is the method's
+    zero_variance: str = "keep"  # groups of equal rewards: keep (pulled to the reference) or skip
+    hyper: dict | None = None  # the method's own hyperparameters, by name
+
+    # masks
+    design: str = ""  # a name of masks.DESIGNS such as bsc(0.5, 0.5), or auto; "" is the method's
+    views: int = 2  # masked views per distinct completion, K
+    old_views: int = 0  # above 0: d in two levels, its second part on this many views per rollout
+    allocate: bool = False  # more views for completions of larger updates, measured on old_views
+
+    # optimiser
+    steps: int = 60  # optimizer steps on fresh rollouts
+    prompts: int = 32  # per step
+    group: int = 8  # completions per prompt
+    inner_steps: int = 0  # updates on one rollout; 0 is the method's
+    lr: float = 3e-4  # of AdamW
     warmup: int = 10  # steps of linear warm-up, then a cosine to a tenth
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # longer gradients are cut to this norm
     lora: str = "none"  # none (all weights), all-linear, or d1
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    eval_every: int = 20
-    eval_steps: int = 0  # denoising steps of the greedy held-out evaluation; 0 is one a token
-    eval_problems: int = 192  # Countdown has 196
-    checkpoint_every: int = 10
-    snapshots: int = 4  # evenly spaced saved policies, the last one final
-    # masked sequences a forward of a process; more views than this cost one more forward each, not
-    # more memory
-    slice_size: int = 512
+    lora_rank: int = 16  # of the adapters
+    lora_alpha: float = 32.0  # their scale is alpha / rank
+
+    # evaluation
+    eval_every: int = 20  # steps between held-out evaluations
+    eval_problems: int = 192  # held-out problems, decoded greedily; Countdown has 196
+    eval_steps: int = 0  # denoising steps per held-out completion; 0 is one per token
+    snapshots: int = 4  # saved policies, evenly spaced, the last one final
+    checkpoint_every: int = 10  # steps
+
+    # machine
+    slice_size: int = 512  # masked sequences per forward and process; bounds memory, not views
     device: str = "auto"  # cuda, else cpu
-    dtype: str = "float32"
-    attention: str = (
-        "sdpa"  # an implementation that transformers knows: sdpa, eager, flash_attention_2 ...
-    )
+    dtype: str = "float32"  # or bfloat16, with LoRA
+    attention: str = "sdpa"  # or another that transformers knows: eager, flash_attention_2 ...
+    seed: int = 0  # of problems, rollouts and masks
 
     def __post_init__(self):
+        if self.plugins:
+            load_plugins(self.plugins)
+        object.__setattr__(self, "hyper", self.hyper or {})
+        if self.objective not in METHODS:
+            self._refuse("objective", METHODS)
+        for name in ("advantage", "design", "inner_steps"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, getattr(self.method, name))
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
-                )
+                self._refuse(name, choices)
+        self._check_numbers()
+        self._check_hyperparameters()
+        self._check_views()
+        self._check_places()
+
+    def _refuse(self, name: str, choices: Iterable[str]) -> NoReturn:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+
+    def _check_numbers(self) -> None:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.group < 2:
             raise ValueError(f"group must be at least 2 to have an advantage, not {self.group}")
+        if self.old_views < 0:
+            raise ValueError(f"old_views must be at least 0, not {self.old_views}")
+        if self.lam < 0 or self.lr <= 0:
+            raise ValueError(f"lam must be >= 0 and lr > 0, not {self.lam} and {self.lr}")
         if self.style != "compact" and self.length < 1:
             raise ValueError(
                 f"style {self.style!r} needs a length, the number of completion tokens"
             )
         if self.dtype != "float32" and self.lora == "none":
             raise ValueError(
-                f"{self.dtype} weights would round small updates away: train LoRA adapters (lora) or use float32"
+                f"{self.dtype} weights would round small updates away: train LoRA adapters (lora) "
+                "or use float32"
             )
-        if self.old_views < 0:
-            raise ValueError(f"old_views must be at least 0, not {self.old_views}")
-        if self.lam < 0 or self.lr <= 0:
-            raise ValueError(f"lam must be >= 0 and lr > 0, not {self.lam} and {self.lr}")
-        if self.old_views and (self.objective != "rspo" or not self.use_reference):
+
+    def _check_hyperparameters(self) -> None:
+        own = self.method.own({f.name for f in fields(self)})
+        for name, value in self.hyper.items():
+            if name not in own:
+                near = difflib.get_close_matches(name, own, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                takes = ", ".join(own) or "none of its own"
+                raise ValueError(f"{self.objective} takes no {name!r}: {hint}it takes {takes}")
+            kind = own[name].annotation
+            text = kind.__name__ if isinstance(kind, type) else str(kind)
+            check(Parameter(name, text, own[name].default), value)
+
+    def _check_views(self) -> None:
+        """A design refuses the numbers of views that it cannot make."""
+        relative = self.hyperparameters.get("lam") is not None
+        if self.old_views and not (relative and self.hyperparameters.get("use_reference", True)):
             raise ValueError(
-                "old_views splits d = policy - reference in two levels: it needs objective='rspo' and use_reference"
+                "old_views splits d = policy - reference in two levels: it needs objective='rspo' "
+                "and use_reference"
             )
-        if self.allocate and (not self.old_views or self.common_masks or self.residual != "shared"):
+        if self.allocate and (not self.old_views or self.residual != "shared"):
             raise ValueError(
-                "allocate weighs completions on old_views, so set these; it goes with own masks and residual='shared'"
+                "allocate weighs completions on old_views, so set these; it needs residual='shared'"
             )
-        design = "bsc" if self.design == "auto" else self.design
-        numbers = [
-            self.old_views or self.views,
-            *(range(1, self.views + 2) if self.allocate else ()),
-            self.views,
-        ]
-        for views in numbers:  # a design refuses those that it cannot make
-            masks = design_named(design)(
-                torch.ones(1, 4, dtype=torch.bool), views, generator=torch.Generator()
-            )
-        if self.residual == "leave_one_out" and masks.replicates < 2:
+        design = design_named("bsc" if self.design == "auto" else self.design)
+        numbers = [self.old_views or self.views, self.views]
+        if self.allocate:
+            numbers += range(1, self.views + 2)
+        made = {}
+        for views in numbers:
+            valid = torch.ones(1, 4, dtype=torch.bool)
+            made[views] = design(valid, views, generator=torch.Generator()).replicates
+        if self.residual == "leave_one_out" and made[self.views] < 2:
             raise ValueError(
-                f"leave_one_out needs 2 replicates, {self.design} makes 1 of {self.views} views: raise views or take count"
+                f"leave_one_out needs 2 replicates, {self.design} makes 1 of {self.views} views: "
+                "raise views or take count"
             )
+
+    def _check_places(self) -> None:
         if not hasattr(task_named(self.task), "COMPACT_LENGTH"):
             in_words(self.style, self.task)
         find(self.model)
         for name in ("data", "eval_data"):
-            if (file := getattr(self, name)) and not Path(file).is_file():
+            file = getattr(self, name)
+            if file and not Path(file).is_file():
                 raise FileNotFoundError(
-                    f"no file of problems at {name} = {file}: give a path from here ({Path.cwd()}) or a full one"
+                    f"no file of problems at {name} = {file}: give a path from here "
+                    f"({Path.cwd()}) or a full one"
                 )
 
-    def scope_of(self, d: torch.Tensor) -> torch.Tensor | str:
-        """`scope` as the objective takes it, for draws (R, B) of group-major rows."""
-        return (
-            torch.arange(d.shape[1], device=d.device) // self.group
-            if self.scope == "group"
-            else self.scope
-        )
+    @property
+    def method(self) -> Method:
+        """The row of the table of methods that `objective` names."""
+        return METHODS[self.objective]
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What the method's loss is called with: fields of this configuration, and its own."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | self.hyper
+        takes = self.method.hyperparameters
+        return {name: values.get(name, p.default) for name, p in takes.items()}
 
     @property
     def snapshot_steps(self) -> list[int]:
+        """The steps whose policies are kept, in order."""
         return sorted({round(self.steps * (i + 1) / self.snapshots) for i in range(self.snapshots)})

@@ -1,166 +1,167 @@
-"""What the updates on one rollout measure d with: masks, the scores that the policy's are compared
-with, and the gradient.
+"""One update of the policy: evidence from its views, the gradient of the objective, the step.
 
-Shapes: M masked views, R replicates, N completions, B distinct ones.  Nats.
+Shapes: M masked views, R replicates, B completions (group-major), U distinct ones, L completion
+tokens.  Nats.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rspo_lab import objectives
 from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
-from rspo_lab.design_choice import CountProfile, recommend_design
-from rspo_lab.distributed import ALONE
-from rspo_lab.estimators import elbo_draws, elbo_slices, two_level_baseline
-from rspo_lab.masks.allocation import allocate, common, drawn
+from rspo_lab.design_choice import CountProfile
+from rspo_lab.diagnostics import gap_summary
+from rspo_lab.distributed import whole
+from rspo_lab.estimators import Denoiser, slice_logp, token_logps, view_slices
 from rspo_lab.masks.base import Masks
-from rspo_lab.masks.designs import design as design_named
-from rspo_lab.random_streams import generator
+from rspo_lab.models.diffusion_lm import DiffusionLM
+from rspo_lab.objectives import Evidence, Loss, log_ratio
+from rspo_lab.rollouts import Rollouts
+from rspo_lab.two_level import two_level_views
+from rspo_lab.views import Views, one_level_views
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """Of one update: d = the policy's draws on `masks` - `baseline`."""
-
-    masks: Masks
-    baseline: (
-        Float[Tensor, "R B"] | None
-    )  # None: the policy's own draws at this update less `ratio`
-    ratio: Float[Tensor, " B"] | None
-    forwards: float  # forward passes a distinct completion that it took so far, of any model
-
-    def baseline_of(self, draws: Float[Tensor, "R B"]) -> Float[Tensor, "R B"]:
-        """What to take from `draws`, the policy's on `masks` at this update."""
-        return draws.detach() - self.ratio if self.baseline is None else self.baseline
+class Diverged(RuntimeError):
+    """A loss or gradient stopped being finite."""
 
 
-def design_chooser(config: TrainConfig, profile: CountProfile | None) -> Callable[[int], str]:
-    """The design for a number of views: the one that the config asks for, or for "auto" what the
-    profile recommends.
-    """
-    if config.design == "auto":
-        return lambda views: recommend_design(profile, views)[0]
-    return lambda views: config.design
-
-
-def scorings(
+def views_of_updates(
     config: TrainConfig,
-    policy,
-    reference,
-    batch: Batch,
-    advantage: Float[Tensor, " N"],
-    design_of: Callable[[int], str],
+    policy: Denoiser,
+    reference: Denoiser,
+    rollouts: Rollouts,
+    profile: CountProfile | None,
     key: tuple,
-) -> list[Scoring]:
-    """The scoring of the distinct completions of a rollout (N rows, group-major) for each of
-    `config.inner_steps` updates.
+) -> list[Views]:
+    """The views of every update on one rollout: `one_level_views`, or with `old_views` in two levels."""
+    views = two_level_views if config.old_views else one_level_views
+    return views(config, policy, reference, rollouts, profile, key)
 
-    design_of: the design for a number of views; key: what the masks are drawn by.  With
-    `old_views`, d = (policy - rollout's policy) on the update's masks + (that - reference) on
-    `old_views` others; with `allocate` the former are shared out by |weight x score|, weight the
-    sum of A - lam d over the equal completions, both as measured on the latter.
-    """
-    distinct, which = (
-        batch.distinct()
-    )  # equal completions are scored once, on masks that they share
-    valid, size = distinct.valid.cpu(), config.slice_size
-    group = torch.zeros(len(distinct), dtype=torch.long).scatter(
-        0, which.cpu(), torch.arange(len(batch)) // config.group
+
+def evidence(rollouts: Rollouts, views: Views, policy: Float[Tensor, "M U L"]) -> Evidence:
+    """What the objective sees: `policy`, scored on the views of the distinct completions, per completion."""
+    which = rollouts.which
+
+    def per_completion(token_logp):
+        return None if token_logp is None else token_logp[:, which]
+
+    ratio = views.old_log_ratio
+    return Evidence(
+        policy=policy[:, which],
+        reference=per_completion(views.reference),
+        old=per_completion(policy.detach() if views.old is None else views.old),
+        masks=views.masks.rows(which.cpu()),
+        advantage=rollouts.advantage.to(policy),
+        reward=rollouts.reward.to(policy),
+        group=rollouts.group.to(which.device),
+        valid=rollouts.batch.valid,
+        old_log_ratio=None if ratio is None else ratio[which],
     )
 
-    def masks_of(views, *more):
-        draw = generator(*key, *more, "masks")
-        if config.common_masks:
-            return common(design_of(views), valid, views, group, generator=draw)
-        return design_named(design_of(views))(valid, views, generator=draw)
 
-    if not config.old_views:
-        found = []
-        for masks in (masks_of(config.views, inner) for inner in range(config.inner_steps)):
-            with torch.no_grad():
-                found.append(
-                    Scoring(
-                        masks,
-                        elbo_draws(reference, distinct, masks, slice_size=size),
-                        None,
-                        masks.forward_passes,
-                    )
-                )
-        return found
-    many = masks_of(config.old_views, "old")
-    with torch.no_grad():
-        score = elbo_draws(policy, distinct, many, slice_size=size).mean(0)
-        ratio = score - elbo_draws(reference, distinct, many, slice_size=size).mean(0)
-    if config.allocate:
-        unit = (
-            1 / distinct.valid.sum(1).to(ratio)
-            if config.score_unit == "token"
-            else torch.ones_like(ratio)
+def update(
+    config: TrainConfig,
+    policy: DiffusionLM,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    views: Views,
+    step: int,
+) -> tuple[dict, Float[Tensor, " B"]]:
+    """One optimizer step; (what to log, d per completion).  Diverged if loss or gradient is not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    optimizer.zero_grad()
+
+    def loss_of(token_logp):
+        seen = evidence(rollouts, views, token_logp)
+        return config.method.loss(seen, **config.hyperparameters)
+
+    loss, token_logp = accumulate_gradient(
+        policy, rollouts.distinct, views.masks, loss_of, config.slice_size
+    )
+    policy.world.sum_gradients(parameters)
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)).item()
+    if not (math.isfinite(loss.value.item()) and math.isfinite(norm)):
+        raise Diverged(
+            f"step {step}: loss {loss.value.item()}, gradient norm {norm}; checkpoint.pt holds the "
+            "last good step: lower lr or raise lam"
         )
-        d = (ratio * unit)[which][None]
-        weight = (
-            advantage.to(ratio) - config.lam * (d - objectives.centre(d, config.scope_of(d)))[0]
-        )
-        total = torch.zeros_like(ratio).index_add(0, which, weight)
-        size_of_update = (total * score * unit).abs().cpu()
-        world = getattr(policy, "world", ALONE)  # a denoiser of another kind is alone
-        each = world.first(
-            lambda: allocate(size_of_update, config.views)
-        )  # sums on GPUs may differ in their last bit
-        updates = [
-            drawn(design_of, valid, each, generator=generator(*key, i, "masks"))
-            for i in range(config.inner_steps)
-        ]
-    else:
-        updates = [masks_of(config.views, inner) for inner in range(config.inner_steps)]
-    shared = 2 * many.forward_passes / config.inner_steps
-    found = [Scoring(updates[0], None, ratio, shared)]
-    for masks in updates[1:]:
-        baseline = two_level_baseline(policy, distinct, masks, ratio, slice_size=size)
-        found.append(Scoring(masks, baseline, None, shared + masks.forward_passes))
-    return found
+    optimizer.step()
+    record = {"loss": loss.value.item(), "gradient_norm": norm, "lr": learning_rate(config, step)}
+    record |= _cost(config, views, rollouts) | loss.log
+    return _with_gap(config, record, evidence(rollouts, views, token_logp))
 
 
-def accumulate_gradient(policy, batch: Batch, masks: Masks, loss_of, slice_size: int):
-    """Adds the gradient of `loss_of(draws)` to the parameters; returns (loss, draws (R, B)), both
-    detached.
+def accumulate_gradient(
+    policy: Denoiser,
+    batch: Batch,
+    masks: Masks,
+    loss_of: Callable[[Float[Tensor, "M B L"]], Loss],
+    slice_size: int,
+) -> tuple[Loss, Float[Tensor, "M B L"]]:
+    """Adds the gradient of `loss_of(token_logp)` to the parameters; (loss, token log-probs), detached.
 
     If all views fit one slice they share a graph.  If not, a first pass without gradient gives the
-    loss and its derivative by every draw, and a second one back-propagates slice by slice: the same
-    gradient, in the memory of one slice.  (the idea of BGPO, arXiv:2510.11683)  Exact as two passes
-    agree: ValueError if the policy drops units at random.
+    loss and its derivative by every token log-prob, and a second one back-propagates slice by slice:
+    the same gradient for any loss, in the memory of one slice.  (the idea of BGPO,
+    arXiv:2510.11683)  Exact as the two passes agree: ValueError if the policy drops units at random.
     """
     if isinstance(policy, torch.nn.Module) and any(map(_drops, policy.modules())):
         raise ValueError(
             "dropout is active, so two passes would see two policies: call policy.eval()"
         )
     if masks.hidden.any(-1).sum() <= slice_size:
-        draws = elbo_draws(policy, batch, masks)
-        loss = loss_of(draws)
+        token_logp = token_logps(policy, batch, masks)
+        loss = loss_of(token_logp)
         loss.value.backward()
-        return objectives.Loss(loss.value.detach(), loss.log), draws.detach()
+        return Loss(loss.value.detach(), loss.log), token_logp.detach()
     with torch.no_grad():
-        draws = elbo_draws(policy, batch, masks, slice_size=slice_size)
-    leaf = draws.clone().requires_grad_()
+        token_logp = token_logps(policy, batch, masks, slice_size=slice_size)
+    leaf = token_logp.clone().requires_grad_()
     loss = loss_of(leaf)
-    (by_draw,) = torch.autograd.grad(loss.value, leaf)
-    for part in elbo_slices(policy, batch, masks, slice_size=slice_size):
-        (part * by_draw).sum().backward()
-    return objectives.Loss(loss.value.detach(), loss.log), draws
+    (slope,) = torch.autograd.grad(loss.value, leaf)
+    for view, row in view_slices(masks, slice_size):
+        part = slice_logp(policy, batch, masks, view, row)
+        (part * slope[view.to(slope.device), row.to(slope.device)]).sum().backward()
+    return Loss(loss.value.detach(), loss.log), token_logp
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, times a cosine from 1 to 0.1 over the run."""
+    warm = min(1.0, step / config.warmup) if config.warmup else 1.0
+    cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return config.lr * warm * cosine
+
+
+def _cost(config: TrainConfig, views: Views, rollouts: Rollouts) -> dict[str, float]:
+    """Forward passes per completion, skipped ones too: of one scoring, and of all models with backward."""
+    share = len(rollouts.distinct) / (config.prompts * config.group)
+    masks = views.masks
+    one_graph = masks.hidden.any(-1).sum() <= config.slice_size
+    passes = 3 if one_graph else 4  # a backward is two; without one graph a pass comes first
+    forwards = passes * masks.forward_passes + views.forwards
+    return {"forward_passes": masks.forward_passes * share, "forwards": forwards * share}
+
+
+def _with_gap(
+    config: TrainConfig, record: dict, seen: Evidence
+) -> tuple[dict, Float[Tensor, " B"]]:
+    """The record with the estimate against its target, and d per completion."""
+    d = log_ratio(seen, config.score_unit)
+    lam = config.hyperparameters.get("lam", 0.0)
+    record |= gap_summary(d, seen.advantage, lam, config.scope, seen.group)
+    if config.old_views:  # replicates share the noise of the many views: their spread is not all
+        record |= {"mask_sd": None, "reliability": None}
+    return record, d.mean(0)
 
 
 def _drops(module: torch.nn.Module) -> bool:
     """Whether a layer drops units at random as it stands."""
-    return (
-        module.training
-        and (
-            getattr(module, "attention_dropout", 0)
-            or (isinstance(module, torch.nn.Dropout) and module.p)
-        )
-        > 0
-    )
+    probability = module.p if isinstance(module, torch.nn.Dropout) else 0
+    attention = getattr(module, "attention_dropout", 0)
+    return module.training and (attention or probability) > 0

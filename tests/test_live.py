@@ -15,10 +15,10 @@ from ipywidgets import Button
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from rspo_lab.checkpoints import pairs
 from rspo_lab.config import TrainConfig
 from rspo_lab.figures import train as plots
 from rspo_lab.interactive import live
+from rspo_lab.journal import pairs
 
 CONFIG = TrainConfig(model="base-sudoku", task="sudoku", steps=20)
 

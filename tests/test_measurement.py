@@ -17,7 +17,7 @@ from rspo_lab.measure.gap import gap_samples
 from rspo_lab.measure.gradient_noise import gradient_rows, rollout_noise, scheme
 from rspo_lab.measure.score_noise import score_rows, table_anova, table_estimates
 from rspo_lab.oracle import count_moments, exact_elbo, exact_scores, subset_tables
-from rspo_lab.training import Rollouts
+from rspo_lab.rollouts import Rollouts
 from rspo_lab.update import scorings
 
 

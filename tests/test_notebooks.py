@@ -14,9 +14,9 @@ import nbformat
 import pandas as pd
 import pytest
 
-from rspo_lab.checkpoints import trained_run
 from rspo_lab.config import TrainConfig
 from rspo_lab.measure.gap import through_training
+from rspo_lab.policies import trained_run
 from rspo_lab.runs.files import read_json
 from rspo_lab.runs.notebook import run_notebook
 from rspo_lab.runs.parameters import declared

@@ -20,16 +20,16 @@ from rspo_lab import config as config_module
 from rspo_lab import training
 from rspo_lab import update as scores
 from rspo_lab.batch import Batch
-from rspo_lab.checkpoints import trained_run
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import elbo_draws
 from rspo_lab.masks.published import count
 from rspo_lab.models.loading import load
 from rspo_lab.objectives import RECIPES, rspo
-from rspo_lab.policies import reference_of
+from rspo_lab.policies import reference_of, trained_run
+from rspo_lab.rollouts import held_still
 from rspo_lab.tasks import sudoku
-from rspo_lab.training import Diverged, Preempted, held_still, train
-from rspo_lab.update import accumulate_gradient
+from rspo_lab.training import Preempted, train
+from rspo_lab.update import Diverged, accumulate_gradient
 
 
 class Folder:

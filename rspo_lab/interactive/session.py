@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rspo_lab.checkpoints import saved_policy, trained_run
 from rspo_lab.config import TrainConfig
 from rspo_lab.decoding import complete, rewards
 from rspo_lab.masks.designs import DESIGNS
@@ -23,12 +22,12 @@ from rspo_lab.measure.score_noise import TABLED, table_anova, table_estimates
 from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.models.loading import load
 from rspo_lab.oracle import subset_tables, table_elbo
-from rspo_lab.policies import reference_of
+from rspo_lab.policies import reference_of, saved_policy, trained_run
 from rspo_lab.random_streams import generator
+from rspo_lab.rollouts import Rollouts, held_still
 from rspo_lab.runs.files import read_json
 from rspo_lab.statistics import variance_se
 from rspo_lab.tasks import task as task_named
-from rspo_lab.training import Rollouts, held_still
 
 VIEWS = (1, 2, 4, 8, 16, 32)
 COLUMNS = {"sudoku": 4}  # of the token grid of a compact completion; of any other 16

@@ -45,6 +45,13 @@ class Masks:
         """The tokens whose log-probs enter the estimate."""
         return self.hidden if self.scored is None else self.scored
 
+    def elbo(self, token_logp: Float[Tensor, "M B L"]) -> Float[Tensor, "R B"]:
+        """ELBO draws of the views' token log-probs, nats; a gradient flows through them."""
+        counted = self.counted.to(token_logp.device)
+        term = token_logp.where(counted, 0.0).sum(-1) * self.weight.to(token_logp)
+        draws = term.new_zeros(self.replicates, term.shape[1])
+        return draws.index_add(0, self.replicate.to(term.device), term)
+
     def rows(self, index) -> "Masks":
         """The same draw for the sequences `index` only."""
         return Masks(

@@ -18,7 +18,7 @@ from rspo_lab.models.loading import load
 from rspo_lab.oracle import exact_scores
 from rspo_lab.policies import reference_of
 from rspo_lab.random_streams import generator
-from rspo_lab.training import held_still
+from rspo_lab.rollouts import held_still
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ from rspo_lab.design_choice import CountProfile
 from rspo_lab.estimators import elbo_draws, log_ratio_draws
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.random_streams import generator
+from rspo_lab.rollouts import Rollouts
 from rspo_lab.statistics import variance_se
-from rspo_lab.training import Rollouts
 from rspo_lab.update import design_chooser, scorings
 
 FLAGS = ("two-level", "allocated", "common")

@@ -1,0 +1,149 @@
+"""What a training run writes about its steps: jsonl records, the tracker and its progress.
+
+After a kill the records are cut back to the checkpoint, so that a resumed run writes the same files.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pandas as pd
+import torch
+
+from rspo_lab.config import TrainConfig
+from rspo_lab.design_choice import CountProfile
+from rspo_lab.distributed import World
+from rspo_lab.objectives import relative_score
+from rspo_lab.runs.files import read_json, replacing, write_json
+from rspo_lab.runs.tracking import tracking
+
+# one line per step (metrics, timing) or per evaluation; timing alone differs between equal runs
+RECORDS = ("metrics", "sequences", "timing", "profile")
+
+
+class Journal:
+    """The records of one run; the first process writes them, all processes hold the same history.
+
+    history: the records of metrics.jsonl.  profile: the last count profile, or None.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run,
+        done: int,
+        world: World,
+        on_step: Callable[[dict], None],
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.on_step = on_step
+        self.writes = world.rank == 0
+        if self.writes:
+            write_json(run.path / "config.json", asdict(config))
+            if config.plugins:
+                shutil.copy(Path(config.plugins).expanduser(), run.path / "plugins.py")
+        self.history, profiles = world.first(lambda: self._kept(done))
+        self.profile = _profile(profiles[-1]) if profiles else None
+
+    def __enter__(self) -> Self:
+        self._tracking = tracking(self.config, self.run.path)
+        self._track = self._tracking.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._tracking.__exit__(kind, error, trace)
+
+    def write(self, record: dict, timing: dict | None = None) -> None:
+        """The metrics of a step, and how long it took; every listener is told."""
+        self._append("metrics", record)
+        if timing is not None:
+            self._append("timing", timing)
+        self.history.append(record)
+        self.announce()
+        if "reward" in record:
+            note = f"reward {record['reward']:.2f}"
+            self.run.progress(record["step"], self.config.steps, note)
+
+    def announce(self) -> None:
+        """Tell the listeners of the last record."""
+        self.on_step(self.history[-1])
+        self._track(self.history[-1])
+
+    def write_sequences(self, step: int, **columns: torch.Tensor) -> None:
+        """One number per completion and column, of an evaluated step."""
+        values = {name: column.tolist() for name, column in columns.items()}
+        self._append("sequences", {"step": step} | values)
+
+    def write_profile(self, step: int, profile: CountProfile) -> None:
+        """What design "auto" goes by until the next evaluation."""
+        self.profile = profile
+        self._append("profile", {"step": step} | asdict(profile))
+
+    def _append(self, name: str, record: dict) -> None:
+        if self.writes:
+            with (self.run.path / f"{name}.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _kept(self, done: int) -> tuple[list[dict], list[dict]]:
+        """(metrics, profiles) of the finished steps; what came after the checkpoint is dropped from all files."""
+        files = {name: self.run.path / f"{name}.jsonl" for name in RECORDS}
+        for path in files.values():
+            _keep_steps(path, done)
+        return read_records(files["metrics"]), read_records(files["profile"])
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a jsonl file that is not being written; [] if there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def completions_table(folder: Path) -> pd.DataFrame:
+    """One row per evaluated step and completion of a run, with the gap as the run's own loss had it.
+
+    Columns: step, d (the estimate), advantage, reward, d_hat (d centred over the run's scope),
+    target A/lam, gap and weight; nats.  target and gap are NaN at lam = 0.  No rows before the
+    first evaluation.
+    """
+    columns = ["step", "d", "advantage", "reward", "d_hat", "target", "gap", "weight"]
+    config = read_json(folder / "config.json")
+    frames = []
+    for record in read_records(folder / "sequences.jsonl"):
+        frame = pd.DataFrame(record)
+        terms = relative_score(
+            torch.tensor(record["d"], dtype=torch.float64)[None],
+            torch.tensor(record["advantage"], dtype=torch.float64),
+            lam=config["lam"],
+            scope=config["scope"],
+            group=torch.arange(len(frame)) // config["group"],
+        )
+        for name, values in (("target", terms.target), ("gap", terms.gap)):
+            frame[name] = float("nan") if values is None else values.numpy()
+        frame = frame.assign(d_hat=terms.estimate.numpy(), weight=terms.weight[0].numpy())
+        frames.append(frame[columns])
+    if not frames:
+        return pd.DataFrame(columns=columns, dtype=float)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _profile(record: dict) -> CountProfile:
+    return CountProfile(**{name: value for name, value in record.items() if name != "step"})
+
+
+def _keep_steps(path: Path, done: int) -> None:
+    """Drops the steps after `done`, and a half-written last line."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in lines if json.loads(line)["step"] <= done] if done else []
+    with replacing(path) as partial:
+        partial.write_text("".join(kept))

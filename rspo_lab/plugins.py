@@ -1,0 +1,67 @@
+"""A user's own methods, mask designs and tasks, from a Python file outside the package."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from rspo_lab.masks.designs import DESIGNS
+from rspo_lab.objectives import METHODS
+from rspo_lab.tasks import TASKS
+
+TABLES = {"METHODS": METHODS, "DESIGNS": DESIGNS, "TASKS": TASKS}
+_LOADED: dict[Path, tuple[str, dict[str, list[str]]]] = {}  # file: (its hash, names per table)
+
+
+def load_plugins(file: str | Path) -> None:
+    """Runs the file, once per process and content; it adds to METHODS, DESIGNS and TASKS.
+
+    Each of these is a dict by name.  The file is code and runs as such: name only your own.  A file
+    that has changed since is run again, and its names take the place of those that it had.
+
+    FileNotFoundError if it is not there; ValueError, with the file and the line, if it fails or
+    takes the name of something that is there already: then none of its names are kept.
+    """
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no file of plugins at {file}: give a path from here ({Path.cwd()})"
+        )
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    loaded, names = _LOADED.pop(path, ("", {}))
+    if loaded != digest:
+        for table, added in names.items():
+            for name in added:
+                TABLES[table].pop(name, None)
+        names = _run(path)
+    _LOADED[path] = (digest, names)
+
+
+def _run(path: Path) -> dict[str, list[str]]:
+    """The names that the file adds, per table."""
+    before = {table: dict(entries) for table, entries in TABLES.items()}
+    try:
+        spec = importlib.util.spec_from_file_location(f"plugins_{path.stem}", path)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        for table, entries in TABLES.items():
+            if replaced := [n for n, entry in before[table].items() if entries.get(n) is not entry]:
+                raise ValueError(f"{table} has {replaced[0]!r} already: choose another name")
+    except Exception as error:
+        for table, entries in TABLES.items():
+            entries.clear()
+            entries.update(before[table])
+        raise ValueError(f"{path}{_line(error, path)}: {type(error).__name__}: {error}") from error
+    return {
+        table: [n for n in entries if n not in before[table]] for table, entries in TABLES.items()
+    }
+
+
+def _line(error: Exception, path: Path) -> str:
+    """The line of the file in which the error arose, if one did."""
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f", line {line}" if line else ""

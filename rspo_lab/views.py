@@ -1,0 +1,71 @@
+"""The views that the updates on one rollout score its completions on, and what is scored there before the policy moves.
+
+Shapes: M masked views, U distinct completions, L completion tokens.  Log-probabilities in nats.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rspo_lab.config import TrainConfig
+from rspo_lab.design_choice import CountProfile, recommend_design
+from rspo_lab.estimators import Denoiser, token_logps
+from rspo_lab.masks.base import Masks
+from rspo_lab.masks.designs import design
+from rspo_lab.random_streams import generator
+from rspo_lab.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Views:
+    """What one update scores the distinct completions on, and what was scored there before it."""
+
+    masks: Masks
+    reference: Float[Tensor, "M U L"] | None
+    old: Float[Tensor, "M U L"] | None = None  # None: the policy as it is at this update
+    old_log_ratio: Float[Tensor, " U"] | None = None  # of two levels, see objectives.log_ratio
+    forwards: float = 0.0  # forward passes per distinct completion so far, of any model
+
+
+def one_level_views(
+    config: TrainConfig,
+    policy: Denoiser,
+    reference: Denoiser,
+    rollouts: Rollouts,
+    profile: CountProfile | None,
+    key: tuple,
+) -> list[Views]:
+    """The views of each of `config.inner_steps` updates on one rollout, before the first moves the policy.
+
+    profile: what design "auto" goes by; key: what the masks are drawn by.
+    """
+    drawn = []
+    for inner in range(config.inner_steps):
+        masks = draw_masks(config, rollouts, profile, config.views, (*key, inner, "masks"))
+        with torch.no_grad():
+            fixed = token_logps(reference, rollouts.distinct, masks, slice_size=config.slice_size)
+            old = None
+            if config.method.old and inner:
+                old = token_logps(policy, rollouts.distinct, masks, slice_size=config.slice_size)
+        models = 1 if old is None else 2
+        drawn.append(Views(masks, fixed, old, forwards=models * masks.forward_passes))
+    return drawn
+
+
+def draw_masks(
+    config: TrainConfig,
+    rollouts: Rollouts,
+    profile: CountProfile | None,
+    views: int,
+    key: tuple,
+) -> Masks:
+    """Masks of the distinct completions, of the run's design, drawn by `key`."""
+    name = design_name(config, profile, views)
+    return design(name)(rollouts.distinct.valid.cpu(), views, generator=generator(*key))
+
+
+def design_name(config: TrainConfig, profile: CountProfile | None, views: int) -> str:
+    """The design that the run asks for; for "auto" what the profile recommends for so many views."""
+    return recommend_design(profile, views)[0] if config.design == "auto" else config.design
