@@ -8,13 +8,23 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from rspo_lab.config import TrainConfig
 from rspo_lab.distributed import World, parted, whole
+from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.runs.files import replacing
 
 
-def save(config, folder: Path, step: int, parameters, optimizer, world: World) -> None:
+def save(
+    config: TrainConfig,
+    folder: Path,
+    step: int,
+    parameters: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    world: World,
+) -> None:
     """checkpoint.pt, whole or not at all, and the same from any number of processes."""
     first = world.rank == 0
     state = {
@@ -28,23 +38,25 @@ def save(config, folder: Path, step: int, parameters, optimizer, world: World) -
             torch.save(state, path)
 
 
-def resume(config, folder: Path, parameters, optimizer) -> int:
-    """Loads checkpoint.pt if there is one; the number of finished steps."""
+def resume(
+    config: TrainConfig,
+    folder: Path,
+    parameters: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Loads checkpoint.pt if there is one; the number of finished steps.
+
+    ValueError for a checkpoint of another configuration.
+    """
     path = folder / "checkpoint.pt"
     if not path.exists():
         return 0
-    sharded = isinstance(
-        parameters[0], DTensor
-    )  # then the first process alone reads the weights, to part them
+    # sharded: the first process alone reads the weights, to part them
+    sharded = isinstance(parameters[0], DTensor)
     state = torch.load(path, weights_only=True, map_location="cpu", mmap=sharded)
-    defaults = {
-        f.name: f.default for f in fields(config)
-    }  # a field that is younger than the checkpoint had its default
-    differ = [k for k, v in asdict(config).items() if state["config"].get(k, defaults[k]) != v]
-    if differ:
-        raise ValueError(
-            f"{path} was made with another {', '.join(differ)}: use another run folder"
-        )
+    if differ := _other_fields(config, state["config"]):
+        names = ", ".join(differ)
+        raise ValueError(f"{path} was made with another {names}: use another run folder")
     with torch.no_grad():
         for parameter, saved in zip(parameters, state["parameters"], strict=True):
             parameter.copy_(parted(saved, parameter))
@@ -57,7 +69,13 @@ def resume(config, folder: Path, parameters, optimizer) -> int:
     return state["step"]
 
 
-def save_snapshot(policy, folder: Path) -> None:
+def _other_fields(config, saved: dict) -> list[str]:
+    """The fields in which a checkpoint's configuration differs; one younger than it had its default."""
+    young = {f.name: {} if f.default is None else f.default for f in fields(config)}
+    return [name for name, value in asdict(config).items() if (young | saved)[name] != value]
+
+
+def save_snapshot(policy: DiffusionLM, folder: Path) -> None:
     """A policy as a Hugging Face folder that appears under its name only when complete."""
     if policy.world.first(folder.exists):
         return

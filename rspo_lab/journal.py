@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 import pandas as pd
 import torch
@@ -50,7 +49,7 @@ class Journal:
         self.history, profiles = world.first(lambda: self._kept(done))
         self.profile = _profile(profiles[-1]) if profiles else None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Journal":
         self._tracking = tracking(self.config, self.run.path)
         self._track = self._tracking.__enter__()
         return self
@@ -67,7 +66,7 @@ class Journal:
         """The metrics of a step, and how long it took; every listener is told."""
         self._append("metrics", record)
         if timing is not None:
-            self._append("timing", timing)
+            self._append("timing", {"step": record["step"]} | timing)
         self.history.append(record)
         self.announce()
         if "reward" in record:

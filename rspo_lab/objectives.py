@@ -4,10 +4,10 @@ Shapes: M masked views, R replicates (self-contained estimates), B completions (
 completion tokens.  Log-probabilities in nats.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from inspect import Parameter, signature
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -211,7 +211,7 @@ class Method:
         parameters = signature(self.loss).parameters
         return {name: p for name, p in parameters.items() if p.kind is Parameter.KEYWORD_ONLY}
 
-    def own(self, shared: Mapping[str, Any]) -> dict[str, Parameter]:
+    def own(self, shared: Collection[str]) -> dict[str, Parameter]:
         """The hyperparameters that are not named like one of `shared`."""
         return {name: p for name, p in self.hyperparameters.items() if name not in shared}
 

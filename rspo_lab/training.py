@@ -81,7 +81,7 @@ def train(
             record, d = _update_step(
                 spread, policy, reference, optimizer, rollouts, journal.profile, step
             )
-            timing = _timing(step, began, rolled, policy.device)
+            timing = _timing(began, rolled, policy.device)
             if step % config.eval_every == 0 or step == config.steps:
                 if config.design == "auto" and len(rollouts):
                     journal.write_profile(step, _profile(spread, policy, reference, rollouts, step))
@@ -210,12 +210,11 @@ def _evaluate(config: TrainConfig, policy: DiffusionLM, task: Task, held_out: li
     )
 
 
-def _timing(step: int, began: float, rolled: float, device: torch.device) -> dict[str, float]:
+def _timing(began: float, rolled: float, device: torch.device) -> dict[str, float]:
     """Seconds of the rollout and of the updates that just ended, and the peak of memory so far."""
     if device.type == "cuda":
         peak_gib = torch.cuda.max_memory_allocated(device) / 2**30
     else:
         peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     updated = time.perf_counter()
-    spent = {"rollout_s": rolled - began, "update_s": updated - rolled}
-    return {"step": step} | spent | {"peak_gib": peak_gib}
+    return {"rollout_s": rolled - began, "update_s": updated - rolled, "peak_gib": peak_gib}

@@ -40,7 +40,7 @@ def test_gap_summary_centres_as_the_objective_does():
         torch.tensor([[1.0, 1.0, 3.0, 3.0]], dtype=torch.float64),
         torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64),
     )
-    by_group = gap_summary(d, advantage, 0.5, torch.tensor([0, 0, 1, 1]))
+    by_group = gap_summary(d, advantage, 0.5, "group", torch.tensor([0, 0, 1, 1]))
     assert by_group["gap_rms"] == pytest.approx(2.0) and by_group["target_correlation"] is None
     assert by_group["calibration_ratio"] == 0 and by_group["d_sd"] > 1
     assert gap_summary(d, advantage, 0.5, "none")["gap_mean"] == pytest.approx(-2.0)
@@ -49,7 +49,10 @@ def test_gap_summary_centres_as_the_objective_does():
         [[1.0, 2.0, 11.0, 13.0], [2.0, 1.0, 13.0, 11.0]], dtype=torch.float64
     )  # groups differ, all else is noise
     assert gap_summary(noisy, advantage, 0.5)["reliability"] > 0.9
-    assert gap_summary(noisy, advantage, 0.5, torch.tensor([0, 0, 1, 1]))["reliability"] is None
+    assert (
+        gap_summary(noisy, advantage, 0.5, "group", torch.tensor([0, 0, 1, 1]))["reliability"]
+        is None
+    )
 
 
 def test_undefined_quantities_are_none():

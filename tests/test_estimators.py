@@ -2,16 +2,17 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import completions, table_denoiser
 
-from rspo_lab.estimators import elbo_draws, eubo, level_control, log_ratio_draws, two_level_baseline
+from rspo_lab.estimators import elbo_draws, eubo, log_ratio_draws, token_logps
 from rspo_lab.masks.base import Masks
-from rspo_lab.masks.designs import DESIGNS, design
+from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.masks.published import count, coupled
-from rspo_lab.objectives import rspo
+from rspo_lab.objectives import Evidence, log_ratio, rspo
 from rspo_lab.oracle import exact_elbo, exact_logp, subset_tables
 
 
@@ -106,30 +107,6 @@ def test_left_to_right_is_the_chain_rule_and_one_step_the_product_of_marginals(s
         assert total == pytest.approx(chain[row].item(), abs=1e-12)
 
 
-def test_level_control_keeps_the_mean_and_takes_the_noise_of_the_weights(small):
-    """With equal log-probs everywhere the score's only noise is the sum of the weights, which the
-    right level removes.
-    """
-    valid = small.batch.valid.repeat_interleave(4_000, 0)
-    batch = completions([[0] * 4] * len(valid), valid.tolist())
-    masks = design("bsc(1, 1)")(valid, 2, generator=torch.Generator().manual_seed(0))
-    draws = elbo_draws(
-        lambda b, hidden: torch.full(hidden.shape, -0.7, dtype=torch.float64), batch, masks
-    )
-    exact = -0.7 * valid.sum(1).double()
-    assert draws.std() > 0.3 and torch.allclose(
-        level_control(draws, masks, valid, -0.7), exact[None], atol=1e-12
-    )
-    half = level_control(
-        draws, masks, valid, -0.35
-    )  # any level that the masks did not choose leaves the mean alone
-    assert (
-        abs((half - exact).mean()) < 4 * half.std() / len(valid) ** 0.5 and half.std() < draws.std()
-    )
-    even = DESIGNS["systematic"](valid, 2, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(level_control(draws, even, valid, 3.0), draws, atol=1e-12)
-
-
 @pytest.mark.parametrize("beta", [1.0, 2.0, 4.0])
 def test_eubo_is_the_upper_bound_that_the_oracle_gives(beta, small):
     """On the whole support it is the exact sum over subsets; never below the ELBO, nor below log p
@@ -149,13 +126,15 @@ def test_eubo_is_the_upper_bound_that_the_oracle_gives(beta, small):
             )
             assert weight.sum().item() == pytest.approx(1)
             exact += (weight * (beta * table[inside, i]).exp()).sum().log().item() / beta
-        value = eubo(small.policy, batch, weighted, beta=beta).item()
+        value = eubo(token_logps(small.policy, batch, weighted), weighted, beta=beta).item()
         assert (
             value == pytest.approx(exact, abs=1e-12)
             and value >= exact_elbo(small.policy, batch).item()
         )
         assert value >= exact_logp(small.policy, batch).item() or beta < 4
-        sliced = eubo(small.policy, batch, weighted, beta=beta, slice_size=3).item()
+        sliced = eubo(
+            token_logps(small.policy, batch, weighted, slice_size=3), weighted, beta=beta
+        ).item()
         assert sliced == pytest.approx(value, abs=1e-12)
 
 
@@ -172,7 +151,8 @@ def test_eubo_with_beta_1_can_lie_below_the_log_likelihood():
         weighted = Masks(masks.hidden, masks.weight * law[:, None], masks.replicate)
         gaps.append(
             [
-                eubo(policy, batch, weighted, beta=beta).item() - exact_logp(policy, batch).item()
+                eubo(token_logps(policy, batch, weighted), weighted, beta=beta).item()
+                - exact_logp(policy, batch).item()
                 for beta in (1.0, 3.0)
             ]
         )
@@ -183,7 +163,7 @@ def test_eubo_with_beta_1_can_lie_below_the_log_likelihood():
 def test_eubo_of_few_views_is_finite_and_converges(small):
     def value(views, seed):
         masks = count(small.batch.valid, views, generator=torch.Generator().manual_seed(seed))
-        return eubo(small.policy, small.batch, masks, beta=1.5)
+        return eubo(token_logps(small.policy, small.batch, masks), masks, beta=1.5)
 
     assert value(1, 0).isfinite().all() and torch.allclose(
         value(4000, 1), value(4000, 2), atol=0.15
@@ -194,42 +174,26 @@ def test_eubo_of_few_views_by_hand_and_far_below_what_exp_can_hold():
     """Two views whose scored tokens are known, with weights that do not sum to 1; then log-probs of
     -3 nats at beta = u = 256.
     """
-    batch = completions([[0, 0]])
     hidden = torch.tensor([[[True, True]], [[True, True]], [[False, True]]])
     scored = torch.tensor([[[True, False]], [[True, True]], [[False, True]]])
     masks = Masks(
         hidden, torch.tensor([[2.0], [1.0], [4.0]], dtype=torch.float64), torch.arange(3), scored
     )
     logp = torch.tensor([[-1.0, -9.0], [-2.0, -0.5], [-7.0, -3.0]], dtype=torch.float64)
-    value = eubo(lambda b, h: logp, batch, masks, beta=2.0).item()
+    value = eubo(logp[:, None], masks, beta=2.0).item()
     first = math.log((2 * math.exp(-2) + math.exp(-4)) / 3) / 2
     second = math.log((math.exp(-1) + 4 * math.exp(-6)) / 5) / 2
     assert value == pytest.approx(first + second, abs=1e-12)
-    long = completions([[0] * 256])
     level = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
     masks = Masks(
         torch.ones(2, 1, 256, dtype=torch.bool),
         torch.ones(2, 1, dtype=torch.float64),
         torch.arange(2),
     )
-    bound = eubo(lambda b, h: level.expand(h.shape), long, masks, beta=256.0)
+    bound = eubo(level.expand(2, 1, 256), masks, beta=256.0)
     assert bound.item() == pytest.approx(-768) and torch.autograd.grad(bound.sum(), level)[
         0
     ].item() == pytest.approx(256)
-
-
-def test_level_control_works_replicate_by_replicate_on_scored_tokens(small):
-    valid = small.batch.valid
-    for name in ("coupled", "spg_block(2)"):
-        masks = design(name)(valid, 6, generator=torch.Generator().manual_seed(0))
-        draws = elbo_draws(
-            lambda b, h: torch.full(h.shape, -0.7, dtype=torch.float64), small.batch, masks
-        )
-        controlled = level_control(draws, masks, valid, -0.7)
-        assert masks.replicates > 1 and draws.std(0).max() > 0.1
-        assert torch.allclose(
-            controlled, (-0.7 * valid.sum(1).double()).expand_as(draws), atol=1e-12
-        )
 
 
 @pytest.mark.parametrize("at_old", [True, False])
@@ -252,20 +216,24 @@ def test_two_level_gradient_is_unbiased_where_the_shared_one_is_not(at_old, smal
     exact = gradient(-((advantage - d_exact) * exact_elbo(small.policy, batch)).sum())
     scores = elbo_draws(small.policy, batch, masks)
     one_level, two_level = (torch.zeros_like(table) for _ in range(2))
-    many_ratio = exact_elbo(old, batch) - exact_elbo(
-        small.reference, batch
-    )  # the mean over many masks
+    ratio = (exact_elbo(old, batch) - exact_elbo(small.reference, batch)).detach()
     for i in range(len(law)):
         mask = Masks(masks.hidden[[i]], masks.weight[[i]], torch.zeros(1, dtype=torch.long))
-        whole = Masks(masks.hidden, masks.weight * law[:, None] * len(law), masks.replicate)
-        ratio = log_ratio_draws(old, small.reference, batch, whole).mean(0).detach()
-        baseline = two_level_baseline(old, batch, mask, ratio)
-        d = scores[[i]] - baseline
-        expected = scores[[i]] - elbo_draws(old, batch, mask) + many_ratio
-        assert torch.allclose(d, expected, atol=1e-12)
-        two_level += law[i] * gradient(rspo(d, advantage, lam=1.0, scope="none").value)
-        shared = scores[[i]] - elbo_draws(small.reference, batch, mask)
-        one_level += law[i] * gradient(rspo(shared, advantage, lam=1.0, scope="none").value)
+        evidence = Evidence(
+            policy=token_logps(small.policy, batch, mask),
+            reference=token_logps(small.reference, batch, mask).detach(),
+            old=token_logps(old, batch, mask).detach(),
+            masks=mask,
+            advantage=advantage,
+            reward=advantage,
+            group=torch.zeros(1, dtype=torch.long),
+            valid=batch.valid,
+        )
+        one_level += law[i] * gradient(rspo(evidence, lam=1.0, scope="none").value)
+        split = replace(evidence, old_log_ratio=ratio)
+        expected = scores[[i]] - elbo_draws(old, batch, mask) + ratio
+        assert torch.allclose(log_ratio(split), expected, atol=1e-12)
+        two_level += law[i] * gradient(rspo(split, lam=1.0, scope="none").value)
 
     def half_variance(other):
         gap = (scores - elbo_draws(other, batch, masks).detach())[:, 0]

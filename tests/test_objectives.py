@@ -1,7 +1,10 @@
 """Gradient identities in float64, and each method in the limit where it becomes its neighbour."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from evidence import evidence_of_draws as seen
 from test_estimators import count_support
 
 from rspo_lab.advantages import (
@@ -13,7 +16,17 @@ from rspo_lab.advantages import (
     uninformative,
 )
 from rspo_lab.estimators import log_ratio_draws
-from rspo_lab.objectives import reinforce_elbo, rspo
+from rspo_lab.masks.base import Masks
+from rspo_lab.objectives import (
+    METHODS,
+    Loss,
+    Method,
+    log_ratio,
+    reinforce_elbo,
+    relative_score,
+    rspo,
+    score,
+)
 from rspo_lab.oracle import exact_elbo
 
 
@@ -49,14 +62,17 @@ def test_gradient_is_that_of_the_squared_gap(name, lam):
     else:
         centre = torch.stack([d[SCOPES[name] == SCOPES[name][i]].mean() for i in range(6)]).detach()
     square = lam * 0.5 * ((d - centre - advantage / lam) ** 2).mean()
-    loss = rspo(phi @ theta, advantage, lam=lam, scope=SCOPES["group"] if name == "group" else name)
+    evidence = seen(phi @ theta, advantage, group=SCOPES["group"])
+    loss = rspo(evidence, lam=lam, scope=name)
     assert torch.allclose(gradient(loss.value, theta), gradient(square, theta), atol=1e-10, rtol=0)
 
 
 def test_lam_zero_is_reinforce_on_the_elbo():
     phi, theta, advantage = features(3, 6)
-    plain = rspo(phi @ theta - 1.7, advantage - advantage.mean(), lam=0.0)
-    ascent = reinforce_elbo(phi @ theta, advantage - advantage.mean())
+    advantage = advantage - advantage.mean()
+    reference = torch.full((3, 6), 1.7, dtype=torch.float64)
+    plain = rspo(seen(phi @ theta, advantage, reference=reference), lam=0.0)
+    ascent = reinforce_elbo(seen(phi @ theta, advantage))
     assert torch.allclose(gradient(plain.value, theta), gradient(ascent.value, theta), atol=1e-12)
 
 
@@ -64,7 +80,7 @@ def test_update_vanishes_at_the_target():
     """If every d_hat is A/lam there is nothing left to learn, however large the advantage."""
     advantage = torch.tensor([3.0, -1.0, -2.0], dtype=torch.float64)
     d = (advantage / 0.25)[None].requires_grad_()
-    loss = rspo(d, advantage, lam=0.25)
+    loss = rspo(seen(d, advantage), lam=0.25)
     assert torch.allclose(gradient(loss.value, d), torch.zeros_like(d), atol=1e-12)
     assert loss.log == {"weight_rms": pytest.approx(0, abs=1e-12), "sign_flips": 0.0}
 
@@ -72,7 +88,7 @@ def test_update_vanishes_at_the_target():
 def test_sign_flips_counts_overshot_rows():
     advantage = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
     d = torch.tensor([[30.0, 1.0, -1.0, -30.0]], dtype=torch.float64)
-    assert rspo(d, advantage, lam=0.1).log["sign_flips"] == 0.5
+    assert rspo(seen(d, advantage), lam=0.1).log["sign_flips"] == 0.5
 
 
 @pytest.mark.parametrize("residual, bias", [("leave_one_out", False), ("shared", True)])
@@ -89,7 +105,7 @@ def test_leave_one_out_is_unbiased_for_the_true_square_and_shared_is_not(residua
     )  # two replicates, one column a pair of masks
     probability = law[first.flatten()] * law[second.flatten()]
     each = [
-        rspo(pairs[:, i : i + 1], advantage, lam=lam, scope="none", residual=residual).value
+        rspo(seen(pairs[:, i : i + 1], advantage), lam=lam, scope="none", residual=residual).value
         for i in range(pairs.shape[1])
     ]
     (mean_gradient,) = torch.autograd.grad(
@@ -116,16 +132,80 @@ def test_leave_one_out_centres_the_other_replicates_estimate():
         others = torch.stack([d[k] for k in range(3) if k != r]).mean(0).detach()
         for i in range(4):
             total = total - (advantage[i] - lam * (others[i] - others.mean())) * d[r, i] / 12
-    loss = rspo(phi @ theta, advantage, lam=lam, residual="leave_one_out")
+    loss = rspo(seen(phi @ theta, advantage), lam=lam, residual="leave_one_out")
     assert torch.allclose(gradient(loss.value, theta), gradient(total, theta), atol=1e-12)
+
+
+def test_relative_score_by_hand():
+    """Draws (2, 0, 1) and (0, 0, 3) of d: estimates (1, 0, 2), centred (0, -1, 1); A/lam = (2, -4, 2)."""
+    d = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 3.0]], requires_grad=True)
+    advantage = torch.tensor([1.0, -2.0, 1.0])
+    terms = relative_score(d, advantage, lam=0.5)
+    assert terms.estimate.tolist() == [0, -1, 1] and terms.target.tolist() == [2, -4, 2]
+    assert terms.gap.tolist() == [2, -3, 1]
+    assert terms.weight.tolist() == [[1.0, -1.5, 0.5]] * 2 and not terms.weight.requires_grad
+    assert not terms.flipped.any()
+    assert torch.equal(terms.d_hat.detach(), d.detach() - torch.tensor([[1.0], [1.0]]))
+    assert torch.autograd.grad(terms.d_hat.sum(), d)[0].eq(1).all()  # the centre has no gradient
+    apart = relative_score(d, advantage, lam=0.5, residual="leave_one_out")
+    assert apart.weight.tolist() == [[1.5, -1.5, 0.0], [0.5, -1.5, 1.0]]
+    strong = relative_score(d, advantage, lam=3.0)
+    assert strong.flipped.tolist() == [False, True, True]
+    raw = relative_score(d, advantage, lam=0.0)
+    assert raw.target is None and raw.gap is None and raw.weight[0].tolist() == [1, -2, 1]
+
+
+def test_relative_score_centres_over_its_scope():
+    d = torch.tensor([[1.0, 3.0, 10.0, 20.0, 30.0]])
+    advantage, group = torch.zeros(5), torch.tensor([0, 0, 7, 7, 7])
+    by_scope = {
+        scope: relative_score(d, advantage, lam=1.0, scope=scope, group=group).estimate.tolist()
+        for scope in ("batch", "group", "none")
+    }
+    assert by_scope["group"] == [-1, 1, -10, 0, 10] and by_scope["none"] == d[0].tolist()
+    assert by_scope["batch"] == pytest.approx([x - 12.8 for x in d[0].tolist()], rel=1e-6)
+    with pytest.raises(ValueError, match="'group' with ids"):
+        relative_score(d, advantage, lam=1.0, scope="group")
+
+
+def test_score_and_log_ratio_of_evidence():
+    """Two replicates, one of a pair of views: sums over views of weight times scored log-probs; per token on request."""
+    masks = Masks(
+        torch.tensor([[[1, 1, 0]], [[0, 0, 1]], [[1, 1, 1]]]).bool(),
+        torch.tensor([[2.0], [3.0], [0.5]], dtype=torch.float64),
+        torch.tensor([0, 0, 1]),
+    )
+    policy = torch.tensor([[[-1.0, -2.0, -9.0]], [[-9.0, -9.0, -4.0]], [[-1.0, -1.0, -1.0]]])
+    some = seen(torch.zeros(1, 1), torch.zeros(1))
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    evidence = replace(
+        some, policy=policy, reference=policy / 2, old=policy / 4, masks=masks, valid=valid
+    )
+    assert score(evidence).tolist() == [[-18.0], [-1.5]]
+    assert score(evidence, "token").tolist() == [[-6.0], [-0.5]]
+    assert log_ratio(evidence).tolist() == [[-9.0], [-0.75]]
+    two_levels = replace(evidence, reference=None, old_log_ratio=torch.tensor([5.0]))
+    assert log_ratio(two_levels).tolist() == [[-18 * 0.75 + 5], [-1.5 * 0.75 + 5]]
+
+
+def test_a_method_knows_its_own_hyperparameters():
+    def clipped(evidence, *, lam: float, scope: str = "batch", bound: float = 5.0):
+        return Loss(evidence.policy.sum(), {})
+
+    method = Method(clipped)
+    assert list(method.hyperparameters) == ["lam", "scope", "bound"]
+    assert list(method.own({"lam", "scope"})) == ["bound"]
+    assert method.own({"lam", "scope"})["bound"].default == 5.0
+    for name, row in METHODS.items():
+        assert row.loss.__name__ == name and row.loss.__doc__ and row.advantage in ADVANTAGES
 
 
 def test_bad_input_is_refused():
     d, advantage = torch.zeros(1, 2), torch.zeros(2)
     with pytest.raises(ValueError, match="at least 2 replicates"):
-        rspo(d, advantage, lam=0.1, residual="leave_one_out")
+        rspo(seen(d, advantage), lam=0.1, residual="leave_one_out")
     with pytest.raises(ValueError, match="lam must be >= 0"):
-        rspo(d, advantage, lam=-1.0)
+        rspo(seen(d, advantage), lam=-1.0)
 
 
 def test_advantages_by_hand():

@@ -17,19 +17,15 @@ import pytest
 import torch
 
 from rspo_lab import config as config_module
-from rspo_lab import training
-from rspo_lab import update as scores
-from rspo_lab.batch import Batch
+from rspo_lab import policies, rollouts, training, two_level, update, views
 from rspo_lab.config import TrainConfig
-from rspo_lab.estimators import elbo_draws
-from rspo_lab.masks.published import count
 from rspo_lab.models.loading import load
-from rspo_lab.objectives import RECIPES, rspo
-from rspo_lab.policies import reference_of, trained_run
-from rspo_lab.rollouts import held_still
+from rspo_lab.objectives import METHODS, Method, rspo
+from rspo_lab.policies import load_trained, reference_of, trained_run
+from rspo_lab.rollouts import fixed_rollouts
 from rspo_lab.tasks import sudoku
 from rspo_lab.training import Preempted, train
-from rspo_lab.update import Diverged, accumulate_gradient
+from rspo_lab.update import Diverged
 
 
 class Folder:
@@ -65,49 +61,6 @@ def config(base, **changes):
         threshold=0.9,
     )
     return TrainConfig(**small | {"checkpoint_every": 1, "snapshots": 2, "device": "cpu"} | changes)
-
-
-def scored_batch(model):
-    prompt, prompt_valid = model.encode(["="] * 6)
-    completion = torch.randint(4, 9, (6, 8), generator=torch.Generator().manual_seed(0))
-    return Batch(prompt, prompt_valid, completion, torch.ones_like(completion, dtype=torch.bool))
-
-
-@pytest.mark.parametrize(
-    "residual, scope", [("shared", "batch"), ("leave_one_out", "group"), ("shared", "none")]
-)
-def test_slices_change_neither_loss_nor_gradient(base, residual, scope):
-    """One graph of everything against four slices without it, in float64."""
-    model = load(base).double()
-    batch = scored_batch(model)
-    masks = count(batch.valid, 2, generator=torch.Generator().manual_seed(0))
-    advantage = torch.linspace(-1, 1, 6, dtype=torch.float64)
-    ids = torch.arange(6) // 3 if scope == "group" else scope
-    results = []
-    for slice_size in (12, 3, 5):
-        model.zero_grad()
-        loss, draws = accumulate_gradient(
-            model,
-            batch,
-            masks,
-            lambda s: rspo(s, advantage, lam=0.3, scope=ids, residual=residual),
-            slice_size,
-        )
-        results.append(
-            (loss.value, draws, torch.cat([p.grad.flatten() for p in model.parameters()]))
-        )
-    direct = torch.autograd.grad(
-        rspo(
-            elbo_draws(model, batch, masks), advantage, lam=0.3, scope=ids, residual=residual
-        ).value,
-        list(model.parameters()),
-    )
-    for value, draws, gradient in results:
-        assert abs(value - results[0][0]) < 1e-10 and torch.allclose(
-            draws, results[0][1], atol=1e-10
-        )
-        assert torch.allclose(gradient, torch.cat([g.flatten() for g in direct]), atol=1e-10)
-    assert direct[0].abs().max() > 1e-4
 
 
 def test_same_seed_same_bits_and_other_slices_nearly(base, tmp_path):
@@ -218,21 +171,17 @@ def test_another_config_is_refused(base, tmp_path):
     train(config(base), Folder(tmp_path / "run"))
     with pytest.raises(ValueError, match="another lam: use another run folder"):
         train(config(base, lam=0.5), Folder(tmp_path / "run"))
-    assert trained_run(tmp_path / "run")[0] == config(base)
+    assert trained_run(tmp_path / "run").config == config(base)
 
 
 def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_path, monkeypatch):
-    recipe = RECIPES["rspo"]
+    def poisoned(evidence, *, lam: float):
+        loss = rspo(evidence, lam=lam)
+        if run.seen[-1:] == [2]:
+            return dataclasses.replace(loss, value=loss.value * float("nan"))
+        return loss
 
-    def poisoned(config, score, reference, advantage):
-        loss = recipe(config, score, reference, advantage)
-        return (
-            dataclasses.replace(loss, value=loss.value * float("nan"))
-            if run.seen[-1:] == [2]
-            else loss
-        )
-
-    monkeypatch.setitem(RECIPES, "rspo", poisoned)
+    monkeypatch.setitem(METHODS, "rspo", Method(poisoned))
     run = Folder(tmp_path / "run")
     with pytest.raises(Diverged, match="step 3: loss nan.*last good step"):
         train(config(base), run)
@@ -244,7 +193,7 @@ def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_p
     [
         dict(lam=0.0),
         dict(objective="reinforce_elbo"),
-        dict(use_reference=False),
+        dict(hyper={"use_reference": False}),
         dict(scope="none"),
         dict(scope="group"),
         dict(residual="leave_one_out"),
@@ -254,7 +203,6 @@ def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_p
         dict(design="coupled"),
         dict(design="bsc(1, 0.5)", inner_steps=2, old_views=4),
         dict(design="auto", eval_every=1),
-        dict(common_masks=True),
         dict(design="bsc", inner_steps=2, old_views=2, allocate=True),
         dict(lora="all-linear", lora_rank=2),
         dict(advantage="leave_one_out"),
@@ -284,7 +232,7 @@ def test_two_levels_draw_their_masks_apart(base, tmp_path, monkeypatch):
     """A step of two updates draws `views` masks for each and `old_views` once, from three different
     streams.
     """
-    named, drawn = scores.design_named, []
+    named, drawn = views.design, []
 
     def recording(name):
         def design(valid, views, *, generator):
@@ -293,7 +241,7 @@ def test_two_levels_draw_their_masks_apart(base, tmp_path, monkeypatch):
 
         return design
 
-    monkeypatch.setattr(scores, "design_named", recording)
+    monkeypatch.setattr(views, "design", recording)
     train(config(base, steps=1, inner_steps=2, old_views=16), Folder(tmp_path))
     assert (
         sorted(views for views, _ in drawn) == [2, 2, 16] and len({seed for _, seed in drawn}) == 3
@@ -322,7 +270,7 @@ def test_forwards_count_every_update_and_every_model(base, tmp_path):
 def test_auto_takes_what_the_last_profile_recommends(base, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        scores,
+        views,
         "recommend_design",
         lambda profile, views: (seen.append(profile), ("bsc(0.5, 0.5)", views))[1],
     )
@@ -352,15 +300,16 @@ def test_a_checkpoint_older_than_a_field_is_resumed_at_its_default(base, tmp_pat
 def test_lora_snapshots_load_as_what_was_trained(base, tmp_path):
     run = Folder(tmp_path / "run")
     train(config(base, lora="all-linear", lora_rank=2, lr=1e-2), run)
-    settings, saved = trained_run(run.path)
-    policy, start = load(saved[4]), load(saved[0])
-    assert sorted(saved) == [0, 2, 4] and settings.lora == "all-linear" and policy.adapted
-    batch = held_still(settings, start, prompts=2, group=2, seed=0).batch
+    trained = trained_run(run.path)
+    settings = trained.config
+    policy, start = load(trained.folders[4]), load(trained.folders[0])
+    assert sorted(trained.folders) == [0, 2, 4] and settings.lora == "all-linear" and policy.adapted
+    batch = fixed_rollouts(settings, start, prompts=2, group=2, seed=0).batch
     assert not torch.allclose(policy(batch, batch.valid), start(batch, batch.valid), atol=1e-4)
     assert torch.equal(reference_of(policy)(batch, batch.valid), start(batch, batch.valid))
-    _, step, measured, reference = training.saved(run.path, 0)
-    assert step == 4 and any(p.requires_grad for p in measured.parameters())
-    assert torch.equal(reference(batch, batch.valid), start(batch, batch.valid))
+    last = load_trained(run.path)
+    assert last.step == 4 and any(p.requires_grad for p in last.policy.parameters())
+    assert torch.equal(last.reference(batch, batch.valid), start(batch, batch.valid))
 
 
 def test_a_local_file_is_trained_on_without_the_held_out_problems(base, tmp_path):
@@ -385,11 +334,10 @@ def test_a_local_file_is_trained_on_without_the_held_out_problems(base, tmp_path
         (dict(lam=-1.0), "lam must be >= 0"),
         (dict(steps=0), "steps must be at least 1"),
         (dict(old_views=-1), "old_views must be at least 0"),
-        (dict(old_views=4, use_reference=False), "needs objective='rspo'"),
+        (dict(old_views=4, hyper={"use_reference": False}), "needs objective='rspo'"),
         (dict(old_views=4, objective="reinforce_elbo"), "use_reference"),
         (dict(allocate=True), "allocate weighs completions on old_views"),
         (dict(allocate=True, old_views=4, views=4, design="coupled"), "must be even"),
-        (dict(allocate=True, old_views=2, common_masks=True), "goes with own masks"),
         (dict(design="bsc", residual="leave_one_out"), "bsc makes 1 of 2 views"),
         (dict(design="coupled", views=3), "must be even"),
     ],
@@ -402,16 +350,16 @@ def test_bad_configs_are_refused_at_once(base, changes, match):
 @pytest.mark.parametrize("name", ["sudoku", "countdown", "sums"])
 def test_every_task_has_the_default_number_of_held_out_problems(name):
     chosen = TrainConfig(model=f"base-{name}", task=name)
-    assert len(training._problems(chosen, training.task_named(name))[1]) == chosen.eval_problems
+    assert len(training.problem_sets(chosen, training.task_named(name))[1]) == chosen.eval_problems
 
 
 def test_every_config_field_is_read():
+    """By the code of a run, by the configuration's own checks, or by a method as its hyperparameter."""
+    modules = (training, rollouts, views, two_level, update, policies)
+    body = "".join(Path(module.__file__).read_text() for module in modules)
     source = Path(config_module.__file__).read_text()
-    body = (
-        "".join(Path(module.__file__).read_text() for module in (training, scores))
-        + source[source.index("def __post_init__") :]
-    )
+    body += source[source.index("def __post_init__") :]
+    taken = {name for method in METHODS.values() for name in method.hyperparameters}
     for field in dataclasses.fields(TrainConfig):
-        assert re.search(rf"\bconfig\.{field.name}\b|self\.{field.name}\b", body), (
-            f"nothing reads TrainConfig.{field.name}"
-        )
+        read = re.search(rf"\bconfig\.{field.name}\b|self\.{field.name}\b", body)
+        assert read or field.name in taken, f"nothing reads TrainConfig.{field.name}"
