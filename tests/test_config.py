@@ -1,0 +1,36 @@
+"""One set of defaults, in the configuration and in notebook 02."""
+
+import dataclasses
+from pathlib import Path
+
+from rspo_lab.config import TrainConfig
+from rspo_lab.runs.parameters import declared
+
+NOTEBOOK = Path(__file__).parent.parent / "notebooks/02_train.ipynb"
+NOT_IN_THE_NOTEBOOK = {"checkpoint_every"}
+
+
+def test_notebook_02_and_the_configuration_have_the_same_fields_and_defaults():
+    fields = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
+    parameters = declared(NOTEBOOK)
+    assert list(parameters) == [name for name in fields if name not in NOT_IN_THE_NOTEBOOK]
+    assert fields["model"] is fields["task"] is dataclasses.MISSING
+    for name, parameter in parameters.items():
+        if name not in ("model", "task", "hyper"):
+            assert parameter.default == fields[name], name
+    assert parameters["hyper"].default == {} and fields["hyper"] is None
+    assert TrainConfig(**{name: p.default for name, p in parameters.items()}) == TrainConfig(
+        model="base-sudoku", task="sudoku"
+    )
+
+
+def test_what_the_method_decides_is_resolved_at_once():
+    config = TrainConfig(model="base-sudoku", task="sudoku")
+    assert (config.advantage, config.design, config.inner_steps) == ("standardized", "count", 1)
+    assert config.hyper == {} and config.hyperparameters == {
+        "lam": 0.1, "scope": "batch", "residual": "shared", "score_unit": "sequence",
+        "use_reference": True,
+    }  # fmt: skip
+    assert TrainConfig(**dataclasses.asdict(config)) == config
+    chosen = dataclasses.replace(config, advantage="softmax", hyper={"use_reference": False})
+    assert chosen.advantage == "softmax" and chosen.hyperparameters["use_reference"] is False

@@ -1,0 +1,83 @@
+"""The journal: equal files after a kill, and a table of completions that reads the gap as the run's loss did."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from rspo_lab.config import TrainConfig
+from rspo_lab.distributed import ALONE
+from rspo_lab.journal import Journal, completions_table, read_records
+from rspo_lab.objectives import relative_score
+
+
+class Folder:
+    def __init__(self, path):
+        self.path = path
+        self.told = []
+
+    def progress(self, done, total, note=""):
+        self.told.append((done, total, note))
+
+
+def config(**changes):
+    return TrainConfig(model="base-sudoku", task="sudoku", steps=4, **changes)
+
+
+def written(folder, steps, **changes):
+    """A journal in which these steps are written."""
+    heard = []
+    with Journal(config(**changes), folder, 0, ALONE, heard.append) as journal:
+        for step in steps:
+            journal.write({"step": step, "reward": step / 10}, {"rollout_s": 1.0})
+    return journal, heard
+
+
+def test_records_reach_files_history_listeners_and_progress(tmp_path):
+    journal, heard = written(Folder(tmp_path), [1, 2])
+    assert journal.history == heard == read_records(tmp_path / "metrics.jsonl")
+    assert journal.run.told == [(1, 4, "reward 0.10"), (2, 4, "reward 0.20")]
+    assert read_records(tmp_path / "timing.jsonl")[1] == {"step": 2, "rollout_s": 1.0}
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 4
+
+
+def test_what_came_after_the_checkpoint_is_dropped_from_every_file(tmp_path):
+    written(Folder(tmp_path), [1, 2, 3])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')
+    with Journal(config(), Folder(tmp_path), 2, ALONE, lambda record: None) as journal:
+        assert [record["step"] for record in journal.history] == [1, 2]
+        journal.write({"step": 3})
+    assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [r["step"] for r in read_records(tmp_path / "timing.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("scope", ["batch", "group", "none"])
+def test_completions_are_centred_as_the_run_was(tmp_path, scope):
+    d = torch.tensor([1.0, 3.0, 10.0, 20.0], dtype=torch.float64)
+    advantage = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
+    with Journal(
+        config(scope=scope, group=2, lam=0.5), Folder(tmp_path), 0, ALONE, lambda record: None
+    ) as journal:
+        journal.write_sequences(2, d=d, advantage=advantage, reward=advantage)
+    table = completions_table(tmp_path)
+    terms = relative_score(
+        d[None], advantage, lam=0.5, scope=scope, group=torch.tensor([0, 0, 1, 1])
+    )
+    assert table["step"].tolist() == [2] * 4 and table["d"].tolist() == d.tolist()
+    assert table["d_hat"].tolist() == terms.estimate.tolist()
+    assert (
+        table["target"].tolist() == [2, -2, 1, -1] and table["gap"].tolist() == terms.gap.tolist()
+    )
+    assert table["weight"].tolist() == terms.weight[0].tolist()
+    assert (table["d_hat"].tolist() == [-1, 1, -5, 5]) is (scope == "group")
+
+
+def test_without_lambda_there_is_no_target_and_without_an_evaluation_no_row(tmp_path):
+    with Journal(config(lam=0.0), Folder(tmp_path), 0, ALONE, lambda record: None) as journal:
+        assert completions_table(tmp_path).empty
+        one = torch.ones(8)
+        journal.write_sequences(1, d=one, advantage=one, reward=one)
+    table = completions_table(tmp_path)
+    assert all(map(math.isnan, table["target"])) and table["weight"].tolist() == [1.0] * 8
