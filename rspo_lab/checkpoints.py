@@ -1,4 +1,4 @@
-"""What a training run keeps on disk of its policy: checkpoint.pt to go on from, snapshots/ to measure.
+"""What a run keeps of its policy: checkpoint.pt to go on from, snapshots/ to measure.
 
 Every file is whole or not there.
 """
@@ -70,7 +70,7 @@ def resume(
 
 
 def _other_fields(config, saved: dict) -> list[str]:
-    """The fields in which a checkpoint's configuration differs; one younger than it had its default."""
+    """The fields in which a checkpoint differs; a field younger than it had its default."""
     young = {f.name: {} if f.default is None else f.default for f in fields(config)}
     return [name for name, value in asdict(config).items() if (young | saved)[name] != value]
 

@@ -19,7 +19,9 @@ def gap_summary(
     scope: Scope = "batch",
     group: Int[Tensor, " B"] | None = None,
 ) -> dict[str, float | None]:
-    """One update's estimate against its target; None where a quantity is not defined (lam = 0, R = 1, no spread).
+    """One update's estimate against its target.
+
+    A quantity that is not defined (lam = 0, R = 1, no spread) is None.
 
     d_mean: mean estimate of log pi/pi_ref.  For completions drawn in random order its exact
         counterpart would be a KL divergence, hence >= 0; rollouts in order of confidence give no

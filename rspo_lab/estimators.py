@@ -1,4 +1,6 @@
-"""Monte-Carlo draws of the ELBO and of the log-ratio of a masked diffusion model; the replicate axis is kept.
+"""Monte-Carlo draws of the ELBO and of the log-ratio of a masked diffusion model.
+
+The replicate axis is kept: the mean over it is the estimate, the spread over it the noise.
 
 Shapes: M masked views, R replicates, B sequences, L completion tokens.  Nats.
 
@@ -40,7 +42,7 @@ def slice_logp(
 def token_logps(
     denoiser: Denoiser, batch: Batch, masks: Masks, *, slice_size: int | None = None
 ) -> Float[Tensor, "M B L"]:
-    """Token log-probs of every view, 0 where it scores nothing; `masks.elbo` makes ELBO draws of them.
+    """Token log-probs of every view, 0 where it scores nothing; `masks.elbo` sums them up.
 
     At most `slice_size` masked sequences go through the denoiser at once (all, if None); empty
     views cost nothing.
@@ -57,7 +59,7 @@ def token_logps(
 def elbo_draws(
     denoiser: Denoiser, batch: Batch, masks: Masks, *, slice_size: int | None = None
 ) -> Float[Tensor, "R B"]:
-    """One ELBO estimate per replicate and sequence: their mean over R is the estimate, their spread its noise."""
+    """One ELBO estimate per replicate and sequence."""
     return masks.elbo(token_logps(denoiser, batch, masks, slice_size=slice_size))
 
 
@@ -86,9 +88,9 @@ def eubo(token_logp: Float[Tensor, "M B L"], masks: Masks, *, beta: float) -> Fl
     the views that score i.  (SPG, arXiv:2510.09541)
 
     Plug-in: the logarithm of a mean is biased down, and a token that no view scores adds 0, a large
-    upward bias with few views; both vanish with more.  By Hölder's inequality the exact value is at
-    least the random-order log p if beta >= u, and never below the ELBO; for smaller beta it can be
-    below log p.
+    upward bias with few views; both vanish with more.  By Hölder's inequality the exact value is
+    at least the random-order log p if beta >= u, and never below the ELBO; for smaller beta it can
+    be below log p.
     """
     counted = masks.counted.to(token_logp.device)
     power = beta * token_logp.double().masked_fill(~counted, -torch.inf)

@@ -1,6 +1,6 @@
 """What a training run writes about its steps: jsonl records, the tracker and its progress.
 
-After a kill the records are cut back to the checkpoint, so that a resumed run writes the same files.
+After a kill the records are cut back to the checkpoint: a resumed run writes the same files.
 """
 
 import json
@@ -94,7 +94,7 @@ class Journal:
                 file.write(json.dumps(record) + "\n")
 
     def _kept(self, done: int) -> tuple[list[dict], list[dict]]:
-        """(metrics, profiles) of the finished steps; what came after the checkpoint is dropped from all files."""
+        """(metrics, profiles) of the finished steps; all files lose what came after them."""
         files = {name: self.run.path / f"{name}.jsonl" for name in RECORDS}
         for path in files.values():
             _keep_steps(path, done)
@@ -107,7 +107,7 @@ def read_records(path: Path) -> list[dict]:
 
 
 def completions_table(folder: Path) -> pd.DataFrame:
-    """One row per evaluated step and completion of a run, with the gap as the run's own loss had it.
+    """One row per evaluated step and completion, with the gap as the run's own loss had it.
 
     Columns: step, d (the estimate), advantage, reward, d_hat (d centred over the run's scope),
     target A/lam, gap and weight; nats.  target and gap are NaN at lam = 0.  No rows before the

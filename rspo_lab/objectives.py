@@ -1,4 +1,4 @@
-"""Policy objectives: pure functions of what one update has measured, and the table of methods made of them.
+"""Policy objectives: pure functions of what one update has measured, and the table of methods.
 
 Shapes: M masked views, R replicates (self-contained estimates), B completions (group-major), L
 completion tokens.  Log-probabilities in nats.
@@ -47,7 +47,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class RelativeScore:
-    """How RSPO reads an update; every place that speaks of target, gap or weight takes it from here."""
+    """How RSPO reads an update: the one home of target, gap, weight and sign flips."""
 
     d_hat: Float[Tensor, "R B"]  # centred draws of the log-ratio; a gradient flows through them
     target: Float[Tensor, " B"] | None  # A / lam, nats; None at lam = 0
@@ -161,7 +161,7 @@ def rspo(
     score_unit: Literal["sequence", "token"] = "sequence",
     use_reference: bool = True,  # False: d is the score itself, without a reference
 ) -> Loss:
-    """-mean sg(A - lam d_hat) d_hat, the gap as `relative_score` has it.  (RSPO, arXiv:2605.10218, Eq. 3.3)
+    """-mean sg(A - lam d_hat) d_hat, d_hat of `relative_score`.  (RSPO, arXiv:2605.10218, Eq. 3.3)
 
     Its gradient is that of lam/2 mean (d_hat - A/lam)^2, a centred quadratic penalty beside the
     advantage-weighted score: lam = 0 is `reinforce_elbo`.
@@ -192,7 +192,7 @@ def reinforce_elbo(e: Evidence, *, score_unit: Literal["sequence", "token"] = "s
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table of methods: an objective, and what it needs unless the user says otherwise.
+    """One row of the table of methods: an objective, and what goes with it by default.
 
     loss: a function `name(evidence, *, hyperparameters...) -> Loss`.  Keyword-only arguments that
     are named like a field of the training configuration (lam, scope, score_unit ...) get that

@@ -16,7 +16,7 @@ from rspo_lab.models.loading import load
 
 
 def reference_of(model: DiffusionLM) -> Denoiser:
-    """The frozen policy of this moment as a denoiser: adapters switched off under LoRA, else a copy."""
+    """The policy of this moment, frozen: adapters switched off under LoRA, else a copy."""
     if not model.adapted:
         frozen = copy.deepcopy(model).requires_grad_(False)
         return torch.no_grad()(frozen)
@@ -130,7 +130,7 @@ class TrainedPolicy:
 
 
 def load_trained(folder: str | Path, step: int | None = None) -> TrainedPolicy:
-    """The policy that a training run saved at `step` (None: its last, 0: its base), with the reference.
+    """The policy that a run saved at `step` (None: its last, 0: its base), with the reference.
 
     Both on the run's device, in its dtype and with its attention.  Errors as `trained_run`.
     """

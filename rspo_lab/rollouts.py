@@ -1,4 +1,4 @@
-"""Rollouts: completions of some problems with their verified rewards and advantages, and which of them are equal.
+"""Rollouts: completions of problems, their verified rewards and advantages, which are equal.
 
 Shapes: B = prompts x group completions (group-major), U distinct ones of them, L completion tokens.
 """
@@ -21,7 +21,7 @@ from rspo_lab.tasks import task as task_named
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions and what was made of them.  Equal completions are scored once, as one of `distinct`."""
+    """Completions and what was made of them; equal ones are scored once, as one of `distinct`."""
 
     examples: list  # the problem of every completion
     batch: Batch
@@ -82,7 +82,7 @@ def roll_out(
 def fixed_rollouts(
     config: TrainConfig, policy: DiffusionLM, *, prompts: int, group: int, seed: int
 ) -> Rollouts:
-    """Rollouts of `prompts` training problems for measurements: the same problems for every policy."""
+    """Rollouts of training problems for measurements: the same problems for every policy."""
     config = replace(config, group=group, zero_variance="keep")
     task = task_named(config.task)
     if config.data:

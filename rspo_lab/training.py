@@ -1,4 +1,4 @@
-"""RL with verifiable rewards for a diffusion language model: rollout, views, update, journal, checkpoint.
+"""RL with verifiable rewards: rollout, views, update, journal, checkpoint.
 
 Shapes: B = prompts x group completions per step (group-major).  Nats.
 """
@@ -43,7 +43,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     world: World = ALONE,
 ) -> list[dict]:
-    """Trains to `config.steps`, going on from the run's checkpoint if there is one; the records of metrics.jsonl.
+    """Trains to `config.steps`, from the run's checkpoint if there is one; the metrics' records.
 
     `run` has a `path` (a folder, which gets metrics, sequences, timing and profile.jsonl,
     checkpoint.pt and snapshots/), `progress(done, total, note)` and a `stopped` flag, set when
@@ -109,7 +109,7 @@ def train(
 
 
 def problem_sets(config: TrainConfig, task: Task) -> tuple[list, list]:
-    """(training, held-out) problems; a `data` file takes the place of the former, less what is held out.
+    """(training, held-out) problems; of a `data` file what is held out is dropped.
 
     ValueError if fewer than `config.prompts` are left to train on.
     """
@@ -135,7 +135,7 @@ def problem_sets(config: TrainConfig, task: Task) -> tuple[list, list]:
 
 
 def starting_point(config: TrainConfig) -> dict[str, float]:
-    """The largest |d| over a few completions before training: 0 on shared masks, mask noise on independent ones."""
+    """The largest |d| before training: 0 on shared masks, mask noise on independent ones."""
     policy, reference = policies(config)
     batch = fixed_rollouts(config, policy, prompts=2, group=4, seed=config.seed).batch
     draw = design(design_name(config, None, config.views))

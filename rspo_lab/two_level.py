@@ -1,4 +1,6 @@
-"""Views in two levels: d = (policy - rollout's policy) on an update's views + (that - reference) on many, once per rollout.
+"""Views in two levels, d = (policy - rollout's policy) + (rollout's policy - reference).
+
+The first part is scored on an update's views, the second on many others, once per rollout.
 
 Shapes: M masked views, B completions (group-major), U distinct ones, L completion tokens.  Nats.
 """
@@ -69,7 +71,7 @@ def _shares(
     score: Float[Tensor, " U"],
     ratio: Float[Tensor, " U"],
 ) -> Int[Tensor, " U"]:
-    """Views per distinct completion by |weight x score|, the weight summed over the equal completions."""
+    """Views per distinct completion by |weight x score|, weights of equal ones summed."""
     which = rollouts.which
     score, ratio = (
         in_unit(value[None], rollouts.distinct.valid, config.score_unit)[0]

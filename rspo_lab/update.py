@@ -37,13 +37,13 @@ def views_of_updates(
     profile: CountProfile | None,
     key: tuple,
 ) -> list[Views]:
-    """The views of every update on one rollout: `one_level_views`, or with `old_views` in two levels."""
+    """The views of every update on one rollout: of one level, or with `old_views` of two."""
     views = two_level_views if config.old_views else one_level_views
     return views(config, policy, reference, rollouts, profile, key)
 
 
 def evidence(rollouts: Rollouts, views: Views, policy: Float[Tensor, "M U L"]) -> Evidence:
-    """What the objective sees: `policy`, scored on the views of the distinct completions, per completion."""
+    """What the objective sees: the distinct completions' token log-probs, per completion."""
     which = rollouts.which
 
     def per_completion(token_logp):
@@ -71,7 +71,7 @@ def update(
     views: Views,
     step: int,
 ) -> tuple[dict, Float[Tensor, " B"]]:
-    """One optimizer step; (what to log, d per completion).  Diverged if loss or gradient is not finite."""
+    """One optimizer step; (what to log, d per completion).  Diverged if it is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
@@ -104,12 +104,13 @@ def accumulate_gradient(
     loss_of: Callable[[Float[Tensor, "M B L"]], Loss],
     slice_size: int,
 ) -> tuple[Loss, Float[Tensor, "M B L"]]:
-    """Adds the gradient of `loss_of(token_logp)` to the parameters; (loss, token log-probs), detached.
+    """Adds the gradient of `loss_of(token_logp)` to the parameters; (loss, token_logp), detached.
 
     If all views fit one slice they share a graph.  If not, a first pass without gradient gives the
-    loss and its derivative by every token log-prob, and a second one back-propagates slice by slice:
-    the same gradient for any loss, in the memory of one slice.  (the idea of BGPO,
-    arXiv:2510.11683)  Exact as the two passes agree: ValueError if the policy drops units at random.
+    loss and its derivative by every token log-prob, and a second one back-propagates slice by
+    slice: the same gradient for any loss, in the memory of one slice.  (the idea of BGPO,
+    arXiv:2510.11683)  Exact as the two passes agree: ValueError if the policy drops units at
+    random.
     """
     if isinstance(policy, torch.nn.Module) and any(map(_drops, policy.modules())):
         raise ValueError(
@@ -139,7 +140,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _cost(config: TrainConfig, views: Views, rollouts: Rollouts) -> dict[str, float]:
-    """Forward passes per completion, skipped ones too: of one scoring, and of all models with backward."""
+    """Forward passes per completion (skipped ones too): of a scoring, and of all that was done."""
     share = len(rollouts.distinct) / (config.prompts * config.group)
     masks = views.masks
     one_graph = masks.hidden.any(-1).sum() <= config.slice_size

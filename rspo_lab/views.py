@@ -1,4 +1,4 @@
-"""The views that the updates on one rollout score its completions on, and what is scored there before the policy moves.
+"""The views that updates score completions on, and what is scored there beforehand.
 
 Shapes: M masked views, U distinct completions, L completion tokens.  Log-probabilities in nats.
 """
@@ -37,7 +37,7 @@ def one_level_views(
     profile: CountProfile | None,
     key: tuple,
 ) -> list[Views]:
-    """The views of each of `config.inner_steps` updates on one rollout, before the first moves the policy.
+    """The views of each of `config.inner_steps` updates, before the first moves the policy.
 
     profile: what design "auto" goes by; key: what the masks are drawn by.
     """
@@ -67,5 +67,5 @@ def draw_masks(
 
 
 def design_name(config: TrainConfig, profile: CountProfile | None, views: int) -> str:
-    """The design that the run asks for; for "auto" what the profile recommends for so many views."""
+    """The design that the run asks for; for "auto" what the profile recommends."""
     return recommend_design(profile, views)[0] if config.design == "auto" else config.design

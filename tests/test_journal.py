@@ -1,4 +1,4 @@
-"""The journal: equal files after a kill, and a table of completions that reads the gap as the run's loss did."""
+"""The journal: equal files after a kill, and the gap of completions as the run's loss had it."""
 
 import json
 import math

@@ -137,7 +137,7 @@ def test_leave_one_out_centres_the_other_replicates_estimate():
 
 
 def test_relative_score_by_hand():
-    """Draws (2, 0, 1) and (0, 0, 3) of d: estimates (1, 0, 2), centred (0, -1, 1); A/lam = (2, -4, 2)."""
+    """d of (2, 0, 1) and (0, 0, 3): estimate (1, 0, 2), centred (0, -1, 1); A/lam = (2, -4, 2)."""
     d = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 3.0]], requires_grad=True)
     advantage = torch.tensor([1.0, -2.0, 1.0])
     terms = relative_score(d, advantage, lam=0.5)
@@ -169,7 +169,7 @@ def test_relative_score_centres_over_its_scope():
 
 
 def test_score_and_log_ratio_of_evidence():
-    """Two replicates, one of a pair of views: sums over views of weight times scored log-probs; per token on request."""
+    """Two replicates, one of a pair of views: weighted sums of log-probs, per token on request."""
     masks = Masks(
         torch.tensor([[[1, 1, 0]], [[0, 0, 1]], [[1, 1, 1]]]).bool(),
         torch.tensor([[2.0], [3.0], [0.5]], dtype=torch.float64),
@@ -225,7 +225,7 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_agreeing_groups_have_exactly_no_advantage(name):
-    """Also for rewards whose mean is not a binary fraction; and every group's advantages sum to 0."""
+    """Also if the mean reward is no binary fraction; every group's advantages sum to 0."""
     reward = torch.tensor([0.1] * 3 + [0.7, 0.1, 0.3])
     advantage = ADVANTAGES[name](reward, 3)
     assert (advantage[:3].abs() < 1e-7).all() and abs(advantage[3:].sum().item()) < 1e-6

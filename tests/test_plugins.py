@@ -1,4 +1,4 @@
-"""A user's own methods, designs and tasks from a file outside the package; what goes wrong names the file and the line."""
+"""A user's own methods, designs and tasks from a file; what goes wrong names file and line."""
 
 import json
 import subprocess
@@ -120,7 +120,7 @@ def test_hyperparameters_are_checked(mine, changes, match):
 
 
 def test_training_from_the_command_line_uses_and_keeps_the_file(mine, tmp_path):
-    """Its method, design and own hyperparameter; the run's folder keeps the file, and its policies load again."""
+    """Method, design, own hyperparameter; the run keeps the file, its policies load again."""
     words = ["train", "--run", str(tmp_path / "run")]
     given = {
         "plugins": mine, "task": "puzzle", "model": "base-sudoku", "objective": "bounded",

@@ -1,4 +1,4 @@
-"""Saved policies: one loader, which places them as the run did; folders that it cannot read say why."""
+"""Saved policies: one loader, which places them as the run did, or says why it cannot."""
 
 import json
 

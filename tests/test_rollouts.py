@@ -1,4 +1,4 @@
-"""Rollouts know which completions are equal and which prompt each answers, also when groups are left out."""
+"""Rollouts know which completions are equal and which prompt each answers."""
 
 import pytest
 import torch

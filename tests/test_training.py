@@ -354,7 +354,7 @@ def test_every_task_has_the_default_number_of_held_out_problems(name):
 
 
 def test_every_config_field_is_read():
-    """By the code of a run, by the configuration's own checks, or by a method as its hyperparameter."""
+    """By the code of a run, by the configuration's checks, or by a method."""
     modules = (training, rollouts, views, two_level, update, policies)
     body = "".join(Path(module.__file__).read_text() for module in modules)
     source = Path(config_module.__file__).read_text()

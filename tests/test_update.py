@@ -1,4 +1,4 @@
-"""One update: slices change nothing for any objective, equal completions are scored once, memory knows no views."""
+"""One update: slices change nothing for any objective, and memory does not grow with views."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def rollouts_of(batch: Batch, advantage: torch.Tensor, group: torch.Tensor) -> R
 
 
 def token_clip(e, *, clip: float = 0.2) -> Loss:
-    """A token-level loss that no function of the draws can express: clipped ratios to `old`, token by token."""
+    """A loss that no function of the draws can express: clipped ratios to `old`, token by token."""
     ratio = (e.policy - e.old).exp()
     clipped = torch.minimum(
         ratio * e.advantage[:, None], ratio.clamp(1 - clip, 1 + clip) * e.advantage[:, None]
@@ -50,7 +50,7 @@ LOSSES = {
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("design", [count, coupled, spg_block])
 def test_slices_change_neither_loss_nor_gradient(design, loss):
-    """One graph of everything against slices without it and against plain autograd, float64; rows 1 and 4 are equal."""
+    """One graph against slices and against plain autograd, float64; rows 1 and 4 are equal."""
     model = load("base-sudoku").double()
     prompt, prompt_valid = model.encode(["="] * 6)
     completion = torch.randint(4, 9, (6, 8), generator=seeded())
@@ -82,7 +82,7 @@ def test_slices_change_neither_loss_nor_gradient(design, loss):
 
 
 def test_gradients_are_those_of_the_written_out_formula():
-    """Of RSPO and of the raw advantage from a whole update's evidence, against the equation on draws, float64."""
+    """Of RSPO and of the raw advantage, from a whole update's evidence, float64."""
     model = load("base-sudoku").double()
     reference = reference_of(model)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_the_written_out_formula():
 
 
 def test_memory_does_not_grow_with_views_for_a_token_level_loss():
-    """The peak of 16 views is within 10 % of that of 4, in slices of 8; in one graph it is more than twice."""
+    """16 views peak within 10 % of 4 in slices of 8; in one graph at more than twice."""
     model = tiny("0123456789", seed=0, layers=2, width=64)
     prompt, prompt_valid = model.encode(["12"] * 8)
     completion = torch.randint(4, 9, (8, 48), generator=seeded())
@@ -141,7 +141,7 @@ def test_active_dropout_is_refused():
 
 
 def test_old_is_scored_once_the_policy_has_moved(monkeypatch):
-    """A method that looks at `old` gets the policy itself at the first update, and the rollout's policy at later ones."""
+    """`old` is the policy itself at the first update, and the rollout's policy at later ones."""
     seen = []
 
     def looking(e, *, lam: float) -> Loss:
