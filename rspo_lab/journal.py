@@ -12,6 +12,7 @@ from types import TracebackType
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from rspo_lab.config import TrainConfig
 from rspo_lab.design_choice import CountProfile
@@ -78,10 +79,10 @@ class Journal:
         self.on_step(self.history[-1])
         self._track(self.history[-1])
 
-    def write_sequences(self, step: int, **columns: torch.Tensor) -> None:
-        """One number per completion and column, of an evaluated step."""
-        values = {name: column.tolist() for name, column in columns.items()}
-        self._append("sequences", {"step": step} | values)
+    def write_completions(self, step: int, d: Tensor, advantage: Tensor, reward: Tensor) -> None:
+        """One number each per completion of an evaluated step: d (nats), advantage, reward."""
+        columns = {"d": d.tolist(), "advantage": advantage.tolist(), "reward": reward.tolist()}
+        self._append("sequences", {"step": step} | columns)
 
     def write_profile(self, step: int, profile: CountProfile) -> None:
         """What design "auto" goes by until the next evaluation."""

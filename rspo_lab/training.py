@@ -7,7 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from rspo_lab.config import TrainConfig
 from rspo_lab.decoding import solve_rate
 from rspo_lab.design_choice import CountProfile, count_profile
 from rspo_lab.distributed import ALONE, World
-from rspo_lab.estimators import elbo_draws
+from rspo_lab.estimators import Denoiser, elbo_draws
 from rspo_lab.journal import Journal
 from rspo_lab.masks.designs import design
 from rspo_lab.models.diffusion_lm import DiffusionLM
@@ -25,7 +25,6 @@ from rspo_lab.policies import policies
 from rspo_lab.random_streams import generator
 from rspo_lab.rollouts import Rollouts, fixed_rollouts, roll_out, text_format
 from rspo_lab.runs.interrupts import noted
-from rspo_lab.tasks import Task
 from rspo_lab.tasks import task as task_named
 from rspo_lab.update import update, views_of_updates
 from rspo_lab.views import design_name
@@ -56,63 +55,137 @@ def train(
     Preempted on SIGTERM or SIGUSR2 (once the step in hand is saved).
     """
     run.stopped = False
-    policy, reference = policies(config, world)
-    task = task_named(config.task)
-    problems, held_out = problem_sets(config, task)
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-    )
-    done = resume(config, run.path, parameters, optimizer)
-    # one forward of all processes together
-    spread = replace(config, slice_size=config.slice_size * world.size)
+    learner = Learner.start(config, world)
+    done = resume(config, run.path, learner.parameters, learner.optimizer)
     with (
         Journal(config, run, done, world, on_step) as journal,
         noted(signal.SIGTERM, signal.SIGUSR2) as signals,
     ):
         if done == 0:
-            journal.write({"step": 0, "eval_solve_rate": _evaluate(config, policy, task, held_out)})
+            journal.write({"step": 0, "eval_solve_rate": learner.solve_rate()})
         else:
             journal.announce()
         for step in range(done + 1, config.steps + 1):
             began = time.perf_counter()
-            rollouts = _roll_out_step(config, policy, problems, step)
+            rollouts = learner.roll_out(step)
             rolled = time.perf_counter()
-            record, d = _update_step(
-                spread, policy, reference, optimizer, rollouts, journal.profile, step
-            )
-            timing = _timing(began, rolled, policy.device)
+            record, d = learner.update(rollouts, step, journal.profile)
+            timing = _timing(began, rolled, learner.policy.device)
             if step % config.eval_every == 0 or step == config.steps:
+                record["eval_solve_rate"] = learner.solve_rate()
+                journal.write_completions(step, d, rollouts.advantage, rollouts.reward)
                 if config.design == "auto" and len(rollouts):
-                    journal.write_profile(step, _profile(spread, policy, reference, rollouts, step))
-                record["eval_solve_rate"] = _evaluate(config, policy, task, held_out)
-                journal.write_sequences(
-                    step, d=d, advantage=rollouts.advantage, reward=rollouts.reward
-                )
+                    journal.write_profile(step, learner.profile(rollouts, step))
             if step in config.snapshot_steps:
-                save_snapshot(policy, run.path / "snapshots" / f"{step:06d}")
+                save_snapshot(learner.policy, run.path / "snapshots" / f"{step:06d}")
             journal.write(record, timing)
             stopping = world.any(should_stop())
             received = world.any(bool(signals))
             ending = step == config.steps or stopping or received
-            if step % config.checkpoint_every == 0 or ending:
-                save(config, run.path, step, parameters, optimizer, world)
+            if ending or step % config.checkpoint_every == 0:
+                save(config, run.path, step, learner.parameters, learner.optimizer, world)
             if received:
                 name = signal.Signals(signals[0]).name if signals else "a signal to another process"
-                raise Preempted(
-                    f"{name} after step {step}, which is saved: run again to go on from there"
-                )
+                raise Preempted(f"{name} after step {step}, which is saved: run again to go on")
             if stopping and step < config.steps:
                 run.stopped = True
                 break
     return journal.history
 
 
-def problem_sets(config: TrainConfig, task: Task) -> tuple[list, list]:
+@dataclass(frozen=True)
+class Learner:
+    """What a run trains, on what, and the parts of one step."""
+
+    config: TrainConfig
+    policy: DiffusionLM
+    reference: Denoiser
+    optimizer: torch.optim.Optimizer
+    problems: list
+    held_out: list
+
+    @classmethod
+    def start(cls, config: TrainConfig, world: World) -> "Learner":
+        """The learner of a fresh run; errors as `policies` and `problem_sets` have them."""
+        policy, reference = policies(config, world)
+        problems, held_out = problem_sets(config)
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
+        # slice_size counts a process's own sequences; a forward is one of all processes together
+        spread = replace(config, slice_size=config.slice_size * world.size)
+        return cls(spread, policy, reference, optimizer, problems, held_out)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that are trained."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def roll_out(self, step: int) -> Rollouts:
+        """The rollouts of one step, on problems drawn for it."""
+        draw = generator(self.config.seed, step, "problems")
+        order = torch.randperm(len(self.problems), generator=draw)
+        chosen = [self.problems[i] for i in order[: self.config.prompts]]
+        return roll_out(
+            self.config, self.policy, chosen, generator(self.config.seed, step, "rollout")
+        )
+
+    def update(
+        self, rollouts: Rollouts, step: int, profile: CountProfile | None
+    ) -> tuple[dict, Tensor]:
+        """All updates on one rollout; (the step's record, d per completion at the first update).
+
+        A rollout with no row left (all groups skipped) changes nothing.
+        """
+        record = {"step": step} | rollouts.record
+        if len(rollouts) == 0:
+            nothing = ("loss", "gradient_norm", "lr", "forward_passes", "forwards")
+            return record | dict.fromkeys(nothing, 0.0), torch.zeros(0)
+        key = (self.config.seed, step)
+        views = views_of_updates(self.config, self.policy, self.reference, rollouts, profile, key)
+        updates = [
+            update(self.config, self.policy, self.optimizer, rollouts, one, step) for one in views
+        ]
+        first, d = updates[0]
+        names = ("forward_passes", "forwards")
+        spent = {name: sum(logged[name] for logged, _ in updates) for name in names}
+        return record | first | spent, d
+
+    def solve_rate(self) -> float:
+        """Greedy held-out solve rate."""
+        config = self.config
+        return solve_rate(
+            self.policy,
+            task_named(config.task),
+            self.held_out,
+            seed=config.seed,
+            steps=config.eval_steps,
+            **text_format(config),
+        )
+
+    def profile(self, rollouts: Rollouts, step: int) -> CountProfile:
+        """The count profile of up to 64 of a rollout's distinct completions."""
+        draw = generator(self.config.seed, step, "profile")
+        distinct = rollouts.distinct
+        some = torch.randperm(len(distinct), generator=draw)[:64].to(distinct.valid.device)
+        profile = count_profile(
+            self.policy,
+            self.reference,
+            distinct.rows(some),
+            pairs=8,
+            generator=draw,
+            slice_size=self.config.slice_size,
+        )
+        return self.policy.world.first(lambda: profile)  # sums on GPUs may differ in their last bit
+
+
+def problem_sets(config: TrainConfig) -> tuple[list, list]:
     """(training, held-out) problems; of a `data` file what is held out is dropped.
 
     ValueError if fewer than `config.prompts` are left to train on.
     """
+    task = task_named(config.task)
     count = config.eval_problems
     if config.eval_data:
         held_out = task.read(config.eval_data, count)
@@ -151,63 +224,6 @@ def starting_point(config: TrainConfig) -> dict[str, float]:
         "largest |d|, shared masks": shared.abs().max().item(),
         "independent masks": independent.abs().max().item(),
     }
-
-
-def _roll_out_step(config: TrainConfig, policy: DiffusionLM, problems: list, step: int) -> Rollouts:
-    """The rollouts of one step, on problems drawn for it."""
-    order = torch.randperm(len(problems), generator=generator(config.seed, step, "problems"))
-    chosen = [problems[i] for i in order[: config.prompts]]
-    return roll_out(config, policy, chosen, generator(config.seed, step, "rollout"))
-
-
-def _update_step(
-    config: TrainConfig,
-    policy: DiffusionLM,
-    reference: Callable,
-    optimizer: torch.optim.Optimizer,
-    rollouts: Rollouts,
-    profile: CountProfile | None,
-    step: int,
-) -> tuple[dict, Tensor]:
-    """All updates on one rollout; (the step's record, d per completion at the first update).
-
-    A rollout with no row left (all groups skipped) changes nothing.
-    """
-    record = {"step": step} | rollouts.record
-    if len(rollouts) == 0:
-        nothing = ("loss", "gradient_norm", "lr", "forward_passes", "forwards")
-        return record | dict.fromkeys(nothing, 0.0), torch.zeros(0)
-    views = views_of_updates(config, policy, reference, rollouts, profile, (config.seed, step))
-    updates = [update(config, policy, optimizer, rollouts, view, step) for view in views]
-    first, d = updates[0]
-    names = ("forward_passes", "forwards")
-    spent = {name: sum(logged[name] for logged, _ in updates) for name in names}
-    return record | first | spent, d
-
-
-def _profile(
-    config: TrainConfig, policy: DiffusionLM, reference: Callable, rollouts: Rollouts, step: int
-) -> CountProfile:
-    """The count profile of up to 64 of a rollout's distinct completions."""
-    draw = generator(config.seed, step, "profile")
-    distinct = rollouts.distinct
-    some = torch.randperm(len(distinct), generator=draw)[:64].to(distinct.valid.device)
-    profile = count_profile(
-        policy,
-        reference,
-        distinct.rows(some),
-        pairs=8,
-        generator=draw,
-        slice_size=config.slice_size,
-    )
-    return policy.world.first(lambda: profile)  # sums on GPUs may differ in their last bit
-
-
-def _evaluate(config: TrainConfig, policy: DiffusionLM, task: Task, held_out: list) -> float:
-    """Greedy held-out solve rate."""
-    return solve_rate(
-        policy, task, held_out, seed=config.seed, steps=config.eval_steps, **text_format(config)
-    )
 
 
 def _timing(began: float, rolled: float, device: torch.device) -> dict[str, float]:

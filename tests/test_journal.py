@@ -60,7 +60,7 @@ def test_completions_are_centred_as_the_run_was(tmp_path, scope):
     with Journal(
         config(scope=scope, group=2, lam=0.5), Folder(tmp_path), 0, ALONE, lambda record: None
     ) as journal:
-        journal.write_sequences(2, d=d, advantage=advantage, reward=advantage)
+        journal.write_completions(2, d, advantage, advantage)
     table = completions_table(tmp_path)
     terms = relative_score(
         d[None], advantage, lam=0.5, scope=scope, group=torch.tensor([0, 0, 1, 1])
@@ -78,6 +78,6 @@ def test_without_lambda_there_is_no_target_and_without_an_evaluation_no_row(tmp_
     with Journal(config(lam=0.0), Folder(tmp_path), 0, ALONE, lambda record: None) as journal:
         assert completions_table(tmp_path).empty
         one = torch.ones(8)
-        journal.write_sequences(1, d=one, advantage=one, reward=one)
+        journal.write_completions(1, one, one, one)
     table = completions_table(tmp_path)
     assert all(map(math.isnan, table["target"])) and table["weight"].tolist() == [1.0] * 8

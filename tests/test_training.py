@@ -350,7 +350,7 @@ def test_bad_configs_are_refused_at_once(base, changes, match):
 @pytest.mark.parametrize("name", ["sudoku", "countdown", "sums"])
 def test_every_task_has_the_default_number_of_held_out_problems(name):
     chosen = TrainConfig(model=f"base-{name}", task=name)
-    assert len(training.problem_sets(chosen, training.task_named(name))[1]) == chosen.eval_problems
+    assert len(training.problem_sets(chosen)[1]) == chosen.eval_problems
 
 
 def test_every_config_field_is_read():
