@@ -1,33 +1,58 @@
 PYTHON ?= python3
 BIN := .venv/bin
+UV := uv==0.13.9
+# the lock's pip is installed first: `--build-constraint` (pip 25.3 and newer) pins what builds packages, too
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(PIP) --build-constraint constraints.txt
 
-.PHONY: study test test-slurm lab clean
+.PHONY: help study test test-quick test-newest test-slurm lint lock lab clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 study: .venv/installed  ## the main job on the embedded tiny model: figures in runs/study/index.html
 	$(BIN)/rspo-lab sweep notebooks/studies/study.yaml
 
-test: .venv/reasoning_gym  ## lint and tests
-	$(BIN)/ruff check .
+test: lint .venv/reasoning_gym  ## lint, types and all tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-quick: lint  ## lint, types and the tests of the quick lane
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m quick
+
+test-newest:  ## the quick lane on the newest of everything that pyproject.toml allows, and how that differs from the lock
+	$(PYTHON) tests/newest.py
 
 test-slurm: .venv/installed  ## sweeps on a real Slurm of one node, which it installs (root, Debian)
 	$(BIN)/python -m pytest -s tests/slurm_end_to_end.py
 
+lint: .venv/installed  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+lock:  ## constraints.txt again: the newest of everything that pyproject.toml allows, for Python 3.11 to 3.13, Linux and macOS
+	venv=$$(mktemp -d) && trap 'rm -rf "$$venv"' EXIT && $(PYTHON) -m venv "$$venv" \
+	&& "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check $(UV) \
+	&& "$$venv/bin/uv" pip compile pyproject.toml --all-extras --group build --upgrade --quiet \
+	--custom-compile-command "make lock" --output-file constraints.txt >/dev/null
+
 lab: .venv/kernel  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
+
+clean:  ## remove everything but the sources and runs/
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) pip
+	$(INSTALL) -e .[test]
+	touch $@
 
 .venv/kernel: .venv/installed  # this environment under a name of its own in the menu of kernels
 	$(BIN)/python -m ipykernel install --sys-prefix --name rspo-lab --display-name "rspo-lab (.venv)"
 	touch $@
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[test]
-	touch $@
-
 .venv/reasoning_gym: .venv/installed  # a dependency of it, pycosat, comes as C: without a compiler its tests are skipped
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[reasoning-gym] || echo "no reasoning_gym: see above"
+	$(INSTALL) -e .[reasoning-gym] || echo "no reasoning_gym: see above"
 	touch $@
-
-clean:  ## everything but the sources and runs/
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
