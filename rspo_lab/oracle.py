@@ -58,7 +58,8 @@ def count_moments(
         draw = table.sum(1)[1:] * tokens / size[1:]
         mean = (law[1:] * draw).sum()
         moments.append(torch.stack([mean, (law[1:] * (draw - mean) ** 2).sum()]))
-    return tuple(torch.stack(moments, 1))
+    mean, variance = torch.stack(moments, 1)
+    return mean, variance
 
 
 def subset_tables(

@@ -67,7 +67,7 @@ def variance_se(*samples: Float[Tensor, "n ..."]) -> tuple[Tensor, Tensor]:
     independently; the error minds that here they were drawn together.
     """
     n = len(samples[0])
-    squares = sum((x - x.mean(0)).square() for x in samples)
+    squares = sum(((x - x.mean(0)).square() for x in samples), torch.tensor(0.0))
     variance = squares.sum(0) / (n - 1)
     fourth = squares.square().mean(0)
     return variance, ((fourth - variance.square() * (n - 3) / (n - 1)).clamp(min=0) / n).sqrt()

@@ -230,14 +230,14 @@ def test_what_is_paid():
     module = task("reasoning_gym:chain_sum")
     assert module.verdict(truth, chain, protocol="strict", style="d1").failure == "no_answer"
     assert module.reward(f"<answer>1</answer><answer>{truth}</answer>", chain) == 0
-    boxes = gym.Example(
+    boxes = gym.Problem(
         "", 0, {"answer": "Q _\n_ Q", "metadata": {"valid_answers": ["Q _\n_ Q", "_ Q\nQ _"]}}
     )
     assert [
         judged("n_queens", boxes, a).reward
         for a in ("_ Q\nQ _", "Q Q\nQ _", "[['Q','_'],['_','Q']]")
     ] == [1, 0, 0]
-    four = gym.Example("", 0, {"answer": "-", "metadata": {"numbers": [6, 4, 3, 3]}})
+    four = gym.Problem("", 0, {"answer": "-", "metadata": {"numbers": [6, 4, 3, 3]}})
     found = [judged("puzzle24", four, a) for a in ("6*4*3/3", "6*4*1*1", "6*4+3-3", "6*4+3/3")]
     assert [v.failure for v in found] == [None, "wrong_numbers", None, "wrong_value"]
     halting = first("game_of_life_halting")

@@ -142,7 +142,7 @@ def benchmark(
             if lengths
             else "give lengths, such as 128,256,512"
         )
-    lengths = list(lengths) or [task.COMPACT_LENGTH]
+    lengths = list(lengths) or [task.COMPACT_LENGTH]  # pyright: ignore[reportAttributeAccessIssue]
     for length in lengths:
         config.schedule(length)
     if wrong := [k for k in ks if not 1 <= k <= config.samples]:

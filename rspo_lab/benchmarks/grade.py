@@ -83,7 +83,7 @@ def grade(path: str | Path, task: str, protocol: str = "strict") -> Grade:
         clusters.setdefault(problem, []).append(count)
     low, high = wilson(
         correct / total,
-        independent([tuple(map(sum, zip(*c, strict=True))) for c in clusters.values()]),
+        independent([(sum(a for a, _ in c), sum(b for _, b in c)) for c in clusters.values()]),
     )
     failures = dict(Counter(v.failure for v in verdicts if v.failure).most_common())
     return Grade(

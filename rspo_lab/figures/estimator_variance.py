@@ -67,7 +67,8 @@ def profile_figure(profile) -> Figure:
         axis.plot(profile.size, profile.sd, color=POLICY, marker="o", label="sd of a view of d")
         seen = np.array([(n, sd) for n, sd in zip(profile.size, profile.sd) if sd > 0])
         if len(seen) > 1:
-            slope, start = np.polyfit(*np.log(seen).T, 1)
+            size, sd = np.log(seen).T
+            slope, start = np.polyfit(size, sd, 1)
             label = f"l to the power {slope:.2f}"
             axis.plot(
                 seen[:, 0],

@@ -5,6 +5,7 @@ thing everywhere.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ AGAIN = (
 )  # marker and line of further parametrisations of one design
 POLICY, TARGET, REFERENCE = OKABE_ITO["blue"], OKABE_ITO["vermillion"], INK
 
-_RC = {
+_RC: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 150,
     "font.size": 8,

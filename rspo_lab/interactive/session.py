@@ -97,7 +97,10 @@ def training_runs(root: Path | str) -> dict[str, Path]:
         saved = [p.stat().st_mtime for p in place.iterdir() if p.suffix != ".partial"]
         if saved and (place.parent / "config.json").is_file():
             latest[place.parent] = max(saved)
-    return {_name(folder, root): folder for folder in sorted(latest, key=latest.get, reverse=True)}
+    return {
+        _name(folder, root): folder
+        for folder in sorted(latest, key=lambda folder: latest[folder], reverse=True)
+    }
 
 
 def required_runs(root: Path | str) -> dict[str, Path]:

@@ -1,3 +1,5 @@
-from rspo_lab.runs.run import start_run
+"""Runs: what notebooks call."""
 
-__all__ = ["start_run"]
+from rspo_lab.runs.run import load_runs, start_run
+
+__all__ = ["load_runs", "start_run"]

@@ -129,6 +129,7 @@ def canvas(example: Example) -> str:
 
 def solutions(example: Example) -> list[str]:
     """The shortest completion that both protocols accept."""
+    assert example.answer is not None  # only a published completion may come without
     return [f"<answer>\n\\boxed{{{_written(example.answer)}}}\n</answer>"]
 
 

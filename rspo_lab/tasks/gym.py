@@ -83,7 +83,7 @@ NOT_PARSED = {
 
 
 @dataclass(frozen=True)
-class Example:
+class Problem:
     id: str
     index: int  # the problem's number
     # question, answer (None where any that works will do) and metadata, as the package makes them
@@ -97,7 +97,7 @@ class Gym:
     """
 
     name: str
-    Example: ClassVar[type] = Example
+    Example: ClassVar[type] = Problem
     TRAIN_PROBLEMS: ClassVar[int] = 500  # the package's own default size
     TEST_PROBLEMS: ClassVar[int] = 100
 
@@ -114,7 +114,7 @@ class Gym:
         if self.name in REFUSED:
             raise ValueError(f"{PREFIX}{self.name} cannot be a task: {REFUSED[self.name]}")
 
-    def examples(self, split: str, n: int, *, seed: int) -> list[Example]:
+    def examples(self, split: str, n: int, *, seed: int) -> list[Problem]:
         """n problems of different questions from a split; a longer list starts with the shorter
         one.
 
@@ -123,7 +123,7 @@ class Gym:
         """
         one_of(split, ("train", "test"), "split")
         start, draws = CHUNK * random.Random(seed).randrange(2**20), 20 * n + 200
-        found: dict[str, Example] = {}
+        found: dict[str, Problem] = {}
         for index in range(start, start + draws):
             if len(found) >= n:
                 return list(found.values())
@@ -131,13 +131,13 @@ class Gym:
             if (hashlib.sha256(entry["question"].encode()).digest()[0] % 2 == 0) == (
                 split == "test"
             ):
-                found.setdefault(entry["question"], Example(f"{self.name}-{index}", index, entry))
+                found.setdefault(entry["question"], Problem(f"{self.name}-{index}", index, entry))
         raise ValueError(
             f"{PREFIX}{self.name}: {draws} draws gave {len(found)} different {split} questions; asked for {n} "
             "(fewer can be had from a file of rows as `record` gives, as the data)"
         )
 
-    def read(self, path: str | Path, n: int | None = None) -> list[Example]:
+    def read(self, path: str | Path, n: int | None = None) -> list[Problem]:
         """The first n problems (all if None) of a jsonl file of rows as `record` gives.
 
         FileNotFoundError if there is no such file; ValueError naming file and line on a malformed
@@ -149,12 +149,12 @@ class Gym:
         ]
         return first(found, n, path)
 
-    def prompt(self, example: Example, style: str) -> str:
+    def prompt(self, example: Problem, style: str) -> str:
         """d1's format of training (d1) or evaluation (d1-eval), and the question: one user turn."""
         form = D1_EVAL_FORMAT if in_words(style, PREFIX + self.name) == "d1-eval" else D1_FORMAT
         return form + "\n\n" + example.entry["question"]
 
-    def record(self, example: Example) -> dict:
+    def record(self, example: Problem) -> dict:
         """What a file of completions says of the problem: `question`, and its number as
         `ground_truth`.
         """
@@ -169,28 +169,28 @@ class Gym:
             raise ValueError(
                 f"{where}: the question is not {PREFIX}{self.name}'s number {index}; write the row as `rspo-lab eval` does"
             )
-        return Example(where, index, _entry(self.name, index))
+        return Problem(where, index, _entry(self.name, index))
 
-    def split_key(self, example: Example) -> str:
+    def split_key(self, example: Problem) -> str:
         """What no two splits may share: the question."""
         return example.entry["question"]
 
-    def canvas(self, example: Example) -> str:
+    def canvas(self, example: Problem) -> str:
         """ValueError: only compact completions have a canvas."""
         return in_words("compact", PREFIX + self.name)
 
-    def solutions(self, example: Example) -> list[str]:
+    def solutions(self, example: Problem) -> list[str]:
         """The shortest completion with the accepted answer, if the data set gives one."""
         answer = example.entry["answer"]
         return [] if answer is None else [f"<answer>\n{answer}\n</answer>"]
 
     def reward(
-        self, completion: str, example: Example, *, protocol: str = "strict", style: str = "d1"
+        self, completion: str, example: Problem, *, protocol: str = "strict", style: str = "d1"
     ) -> float:
         """`verdict(...).reward`: the score."""
         return self.verdict(completion, example, protocol=protocol, style=style).reward
 
-    def verdict(self, completion: str, example: Example, *, protocol: str, style: str) -> Verdict:
+    def verdict(self, completion: str, example: Problem, *, protocol: str, style: str) -> Verdict:
         """Components: `solved`, a score of 1."""
         in_words(style, PREFIX + self.name)
         one_of(protocol, ("strict",), f"protocol of {PREFIX}{self.name}")

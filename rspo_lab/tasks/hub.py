@@ -62,7 +62,7 @@ def rows(path: str | Path) -> Iterator[tuple[str, dict]]:
                 for row in table:
                     if None in row or None in row.values():
                         raise ValueError(
-                            f"{path}:{table.line_num}: not {len(table.fieldnames)} fields; quote those with commas"
+                            f"{path}:{table.line_num}: not {len(table.fieldnames or ())} fields; quote those with commas"
                         )
                     yield f"{path}:{table.line_num}", row
             except (csv.Error, UnicodeDecodeError) as error:

@@ -78,7 +78,7 @@ def _pairs(text: str, where: str) -> tuple[tuple[int, int], ...]:
         raise ValueError(
             f'{where}: sums {text[:60]!r}; write {SUMS} of two digits each, as "7+8,0+5,..."'
         )
-    return tuple(tuple(map(int, sum_.split("+"))) for sum_ in text.split(","))
+    return tuple((int(sum_[0]), int(sum_[2])) for sum_ in text.split(","))
 
 
 def prompt(example: Example, style: str) -> str:
