@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
@@ -237,6 +238,30 @@ def test_commands_named_in_files_are_makefile_targets():
     ran = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = {line.split()[1] for line in ran.stdout.splitlines()}
     assert listed == targets
+
+
+@pytest.mark.parametrize(
+    "module, ours",
+    [
+        ("rspo_lab", True),
+        ("rspo_lab.runs.run", True),
+        ("test_masks", True),
+        ("conftest", True),
+        ("torch.nn.modules.module", False),
+        ("transformers.modeling_utils", False),
+        ("rspo_labels", False),
+    ],
+)
+def test_our_own_warnings_are_errors_and_those_of_others_are_not(module, ours):
+    """Ours is what is attributed to a module of ours: a use of something deprecated, too."""
+    program = "import warnings; warnings.warn('old', FutureWarning)"
+    with warnings.catch_warnings(record=True) as shown:
+        if ours:
+            with pytest.raises(FutureWarning):
+                exec(program, {"__name__": module})
+        else:
+            exec(program, {"__name__": module})
+    assert len(shown) == (not ours)
 
 
 def test_citation_and_pyproject_agree():
