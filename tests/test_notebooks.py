@@ -105,6 +105,17 @@ def test_train(trained):
     assert pd.read_parquet(trained / "results.parquet")["step"].tolist() == [0, 1, 2]
 
 
+def test_no_warning_reaches_the_notebook_or_the_terminal(tmp_path):
+    command = [sys.executable, "-m", "rspo_lab.cli", "run", FOLDER / "02_train.ipynb"]
+    for name, value in (TRAIN | {"lora": "all-linear"}).items():
+        command += ["-p", name, str(value)]
+    done = subprocess.run([*command, "--runs", tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    (path,) = tmp_path.rglob("executed.ipynb")
+    code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    assert [out for cell in code for out in cell.outputs if out.get("name") == "stderr"] == []
+
+
 def test_variance(runs, trained):
     small = {
         "views": [2, 4],

@@ -1,9 +1,14 @@
 """Low-rank adapters on a diffusion model."""
 
+import warnings
+
 import torch
 from torch import nn
 
 from rspo_lab.models.diffusion_lm import DiffusionLM
+
+# peft 0.21 asks each model by this name, which transformers 5.24 has renamed: no user can mend it
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 LORA_TARGETS = {
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
