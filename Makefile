@@ -3,9 +3,12 @@ BIN := .venv/bin
 UV := uv==0.13.9
 # the lock's pip is installed first: `--build-constraint` (pip 25.3 and newer) pins what builds packages, too
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-INSTALL := $(PIP) --build-constraint constraints.txt
+# setuptools 84 warns of each package that stands at the top of its checkout
+INSTALL := PYTHONWARNINGS="ignore:Editable installation" $(PIP) --build-constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+LANE := not heavy
 
-.PHONY: help study test test-quick test-newest test-slurm lint lock lab clean
+.PHONY: help study test test-quick test-newest test-slurm lint types lock lab clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -14,11 +17,11 @@ help:  ## this list
 study: .venv/installed  ## the main job on the embedded tiny model: figures in runs/study/index.html
 	$(BIN)/rspo-lab sweep notebooks/studies/study.yaml
 
-test: lint .venv/reasoning_gym  ## lint, types and all tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: lint types .venv/reasoning_gym  ## lint, types, and all tests but the heavy ones (those too: make test LANE=)
+	$(PYTEST) -m "$(LANE)"
 
-test-quick: lint  ## lint, types and the tests of the quick lane
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m quick
+test-quick: lint  ## before a commit: lint, and the tests that start no kernel and take no seconds
+	$(PYTEST) -m "not slow and not heavy"
 
 test-newest:  ## the quick lane on the newest of everything that pyproject.toml allows, and how that differs from the lock
 	$(PYTHON) tests/newest.py
@@ -26,9 +29,11 @@ test-newest:  ## the quick lane on the newest of everything that pyproject.toml 
 test-slurm: .venv/installed  ## sweeps on a real Slurm of one node, which it installs (root, Debian)
 	$(BIN)/python -m pytest -s tests/slurm_end_to_end.py
 
-lint: .venv/installed  ## ruff and pyright
+lint: .venv/installed  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/installed  ## pyright
 	$(BIN)/basedpyright
 
 lock:  ## constraints.txt again: the newest of everything that pyproject.toml allows, for Python 3.11 to 3.13, Linux and macOS
