@@ -36,10 +36,12 @@ lint: .venv/installed  ## ruff: rules and format
 types: .venv/installed  ## pyright
 	$(BIN)/basedpyright
 
+# fewest: one version for every Python, so that what is tested on one is what the others get
 lock:  ## constraints.txt again: the newest of everything that pyproject.toml allows, for Python 3.11 to 3.13, Linux and macOS
 	venv=$$(mktemp -d) && trap 'rm -rf "$$venv"' EXIT && $(PYTHON) -m venv "$$venv" \
 	&& "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check $(UV) \
 	&& "$$venv/bin/uv" pip compile pyproject.toml --all-extras --group build --upgrade --quiet \
+	--universal --python-version 3.11 --fork-strategy fewest --no-annotate \
 	--custom-compile-command "make lock" --output-file constraints.txt >/dev/null
 
 lab: .venv/kernel  ## JupyterLab on the notebooks
