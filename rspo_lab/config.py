@@ -206,7 +206,7 @@ class TrainConfig:
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """What the method's loss is called with: fields of this configuration, and its own."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)} | self.hyper
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | (self.hyper or {})
         takes = self.method.hyperparameters
         return {name: values.get(name, p.default) for name, p in takes.items()}
 

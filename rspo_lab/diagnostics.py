@@ -51,11 +51,11 @@ def gap_summary(
     if len(d) > 1:
         record["mask_sd"] = math.sqrt(_noise(d))
         record["reliability"] = None if own == 0 else 1 - _noise(terms.d_hat) / len(d) / own**2
-    if terms.target is not None:
-        gap = terms.gap
+    target, gap = terms.target, terms.gap
+    if target is not None and gap is not None:
         quantiles = gap.quantile(gap.new_tensor([0.05, 0.5, 0.95])).tolist()
         record |= dict(zip(("gap_q05", "gap_q50", "gap_q95"), quantiles))
-        record |= {"target_rms": _rms(terms.target), "gap_rms": _rms(gap)}
+        record |= {"target_rms": _rms(target), "gap_rms": _rms(gap)}
         record["gap_mean"] = gap.mean().item()
     return record
 

@@ -139,9 +139,9 @@ def log_ratio(e: Evidence, unit: Literal["sequence", "token"] = "sequence") -> F
     """
     draws = e.masks.elbo(e.policy)
     if e.old_log_ratio is not None:
-        d = draws - (e.masks.elbo(e.old) - e.old_log_ratio)
+        d = draws - (e.masks.elbo(e.old) - e.old_log_ratio)  # pyright: ignore[reportArgumentType]
     else:
-        d = draws - e.masks.elbo(e.reference)
+        d = draws - e.masks.elbo(e.reference)  # pyright: ignore[reportArgumentType]
     return in_unit(d, e.valid, unit)
 
 

@@ -42,6 +42,7 @@ def _run(path: Path) -> dict[str, list[str]]:
     before = {table: dict(entries) for table, entries in TABLES.items()}
     try:
         spec = importlib.util.spec_from_file_location(f"plugins_{path.stem}", path)
+        assert spec is not None
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
         for table, entries in TABLES.items():
             if replaced := [n for n, entry in before[table].items() if entries.get(n) is not entry]:

@@ -45,7 +45,7 @@ def pretrain(
     prompt, prompt_valid = model.encode([task.prompt(e, "compact") for e, _ in pairs])
     completion, _ = model.encode([text for _, text in pairs])
     to_write = model.encode_canvas([task.canvas(e) for e, _ in pairs]) == model.mask_id
-    data = Batch(prompt, prompt_valid, completion, to_write)
+    data = Batch(prompt, prompt_valid, completion, to_write)  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )

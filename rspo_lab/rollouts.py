@@ -4,6 +4,7 @@ Shapes: B = prompts x group completions (group-major), U distinct ones of them, 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -92,7 +93,7 @@ def fixed_rollouts(
     return roll_out(config, policy, problems, generator(seed, "held still"))
 
 
-def text_format(config: TrainConfig) -> dict[str, str | int]:
+def text_format(config: TrainConfig) -> dict[str, Any]:
     """How completions are laid out, for `complete` and `solve_rate`."""
     return {"style": config.style, "length": config.length, "block": config.block}
 

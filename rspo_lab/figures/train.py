@@ -3,6 +3,8 @@
 Log-ratios in nats, in the unit that the run's lam was chosen for.
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -120,9 +122,8 @@ def arms_figure(arms: dict[str, list[pd.DataFrame]]) -> Figure:
         for (label, seeds), look in zip(arms.items(), _looks(len(arms))):
             shared = set.intersection(*(set(seed["step"]) for seed in seeds))
             seeds = [seed[seed["step"].isin(shared)] for seed in seeds]
-            spent = sum(seed[["step", "forwards", "seconds"]].to_numpy() for seed in seeds) / len(
-                seeds
-            )
+            total: Any = sum(seed[["step", "forwards", "seconds"]].to_numpy() for seed in seeds)
+            spent = total / len(seeds)
             rates = [
                 mean_interval(row) if len(row) > 1 else row * 3
                 for row in map(list, zip(*(seed["rate"] for seed in seeds)))

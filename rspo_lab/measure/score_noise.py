@@ -141,7 +141,7 @@ def score_rows(
                 )
             on_design(done, len(designs) * len(views))
     if tabled:
-        rows += _exact_rows(ours, theirs)
+        rows += _exact_rows(ours, theirs)  # pyright: ignore[reportArgumentType]
     frame = pd.DataFrame(rows, columns=COLUMNS)
     return frame.astype({"value": float, "stderr": float})
 

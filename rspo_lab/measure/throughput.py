@@ -44,7 +44,7 @@ class Work:
 
     name: str
     sequences: int
-    flop: int
+    flop: int | float
     run: dict[str, Callable[[], object]]
     views: int = 1
     note: str = ""
@@ -256,7 +256,8 @@ def works(
         ),
     ]
     for k in views:
-        passes, tokens = masks[k].hidden.any(-1).sum().item(), masks[k].hidden.sum().item()
+        passes = int(masks[k].hidden.any(-1).sum())
+        tokens = int(masks[k].hidden.sum())
         useful = passes * (bare + backward) + tokens * (bare_token + backward_token)
         found.append(
             Work(

@@ -6,6 +6,7 @@ Log-probabilities in nats.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,7 +28,12 @@ class DiffusionLM(nn.Module):
     logits of i (Dream), both shift; position 0 then keeps its own state.
     """
 
-    def __init__(self, hf: nn.Module, tokenizer: PreTrainedTokenizerFast):
+    hf: Any  # a transformers model or peft's; torch types what a module has as a tensor or a module
+    tokenizer: Any
+    mask_id: Any
+    banned: Bool[Tensor, "V"]
+
+    def __init__(self, hf: Any, tokenizer: PreTrainedTokenizerFast):
         super().__init__()
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
             raise ValueError(
@@ -39,7 +45,7 @@ class DiffusionLM(nn.Module):
         )
         banned = torch.ones(hf.config.vocab_size, dtype=torch.bool)
         banned[list(tokenizer.get_vocab().values())] = False
-        banned[self.mask_id] = True
+        banned[self.mask_id] = True  # pyright: ignore[reportArgumentType]
         self.register_buffer("banned", banned, persistent=False)
 
     @property
@@ -152,7 +158,7 @@ class DiffusionLM(nn.Module):
         )
 
     @property
-    def _base(self):
+    def _base(self) -> Any:
         return self.hf.get_base_model() if self.adapted else self.hf
 
     def encode(self, texts: list[str]) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:

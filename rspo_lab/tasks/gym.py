@@ -160,7 +160,7 @@ class Gym:
         """
         return {"question": example.entry["question"], "ground_truth": example.index}
 
-    def from_record(self, row: dict, where: str) -> Example:
+    def from_record(self, row: dict, where: str) -> Problem:
         """The problem of such a row, made anew; ValueError that begins with `where` on a malformed
         one, and if it is another problem.
         """
