@@ -11,8 +11,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file beside `path` to write to; it takes the place of `path` when the block ends well.
-    """
+    """A new file beside `path` to write to; it takes the place of `path` when the block ends well."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield new

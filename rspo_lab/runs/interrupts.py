@@ -14,7 +14,10 @@ def terminable() -> Iterator[None]:
     """Take SIGTERM as an interrupt, KeyboardInterrupt("SIGTERM"), so that what was begun is ended;
     a handler already set is kept.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    ):
         yield
         return
 
@@ -56,7 +59,9 @@ def noted(*signals: int) -> Iterator[list[int]]:
     """
     received, before = [], {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in signals}
+        before = {
+            number: signal.signal(number, lambda n, frame: received.append(n)) for number in signals
+        }
     try:
         yield received
     finally:

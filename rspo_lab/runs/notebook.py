@@ -56,7 +56,12 @@ class Outcome:
 
 
 def run_notebook(
-    notebook: Path, given: Mapping[str, Any], *, runs: Path, name: str | None = None, timeout: int | float | None = None,
+    notebook: Path,
+    given: Mapping[str, Any],
+    *,
+    runs: Path,
+    name: str | None = None,
+    timeout: int | float | None = None,
     report: Callable[[str], None] = print,
 ) -> Outcome:
     """Run a notebook in <runs>/<name>/<key> unless it is done there; `timeout` is seconds for the
@@ -81,12 +86,18 @@ def run_notebook(
             return Outcome(path, "done", 0, f"done: {path}")
         if not failure and status.get("state") == "stopped":
             return Outcome(path, "stopped", 130, f"stopped: {path}")
-        kind, message, code = failure or ("unfinished", "the notebook ended before run.finish() (sys.exit?)", 1)
+        kind, message, code = failure or (
+            "unfinished",
+            "the notebook ended before run.finish() (sys.exit?)",
+            1,
+        )
         if kind == "input" and not existed:
             _remove(path, runs)
             return Outcome(path, "failed", code, message)
         error = {"kind": kind, "message": message}
-        write_json(path / "status.json", {**status, "state": "failed", "ended": now(), "error": error})
+        write_json(
+            path / "status.json", {**status, "state": "failed", "ended": now(), "error": error}
+        )
         return Outcome(path, "failed", code, f"{message} (see {path / 'executed.ipynb'})")
     finally:
         release(path)
@@ -100,7 +111,9 @@ def _remove(path: Path, runs: Path) -> None:
             folder.rmdir()
 
 
-def _attempt(notebook: Path, given: Mapping[str, Any], path: Path, timeout: int | float | None) -> tuple[str, str, int] | None:
+def _attempt(
+    notebook: Path, given: Mapping[str, Any], path: Path, timeout: int | float | None
+) -> tuple[str, str, int] | None:
     """Execute, once more if the kernel does not start; None, or the kind, message and exit code of
     the failure.
     """
@@ -123,7 +136,11 @@ def _attempt(notebook: Path, given: Mapping[str, Any], path: Path, timeout: int 
             return "cell", " ".join(str(error).split())[:300], 1
         return "timeout", f"not finished after {timeout:g} s", 124
     except DeadKernelError:
-        return "kernel died", f"the kernel died, out of memory unless {path / 'kernel.log'} says more", 138
+        return (
+            "kernel died",
+            f"the kernel died, out of memory unless {path / 'kernel.log'} says more",
+            138,
+        )
     except KeyboardInterrupt as error:
         return "interrupted", "interrupted", 143 if error.args else 130
     except RuntimeError as error:
@@ -135,7 +152,9 @@ def _execute(notebook: Path, given: Mapping[str, Any], path: Path, deadline: flo
     """Papermill with a kernel of this interpreter, on sockets in a private directory (shared ones
     fail when runs start together).
     """
-    limit = {"timeout_func": lambda cell: max(deadline - time.monotonic(), 0.01)} if deadline else {}
+    limit = (
+        {"timeout_func": lambda cell: max(deadline - time.monotonic(), 0.01)} if deadline else {}
+    )
     # a socket's path has at most 107 bytes
     short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     folder = tempfile.mkdtemp(prefix="rspo-", dir=short)
@@ -153,13 +172,19 @@ def _execute(notebook: Path, given: Mapping[str, Any], path: Path, deadline: flo
         def __init__(self, **options: Any) -> None:
             # without other specs python3 is sys.executable
             native = KernelSpecManager(kernel_dirs=[])
-            sockets = {"transport": "ipc", "ip": f"{folder}/k", "connection_file": f"{folder}/kernel.json"}
+            sockets = {
+                "transport": "ipc",
+                "ip": f"{folder}/k",
+                "connection_file": f"{folder}/kernel.json",
+            }
             super().__init__(kernel_spec_manager=native, **sockets, **options)
 
         async def start_kernel(self, **options: Any) -> None:
             # what no cell shows: a crash in C, ipykernel's own complaints
             with open(path / "kernel.log", "wb") as output:
-                await super().start_kernel(env=env, cwd=str(notebook.parent), stdout=output, stderr=output, **options)
+                await super().start_kernel(
+                    env=env, cwd=str(notebook.parent), stdout=output, stderr=output, **options
+                )
 
     log = logging.getLogger("papermill")
     # it calls `int | None` parameters unknown, and repeats what the outcome says
@@ -168,8 +193,15 @@ def _execute(notebook: Path, given: Mapping[str, Any], path: Path, deadline: flo
         papermill.execute_notebook(
             # its paths are templates
             *(re.sub("([{}])", r"\1\1", str(file)) for file in (notebook, path / "executed.ipynb")),
-            parameters=dict(given), kernel_name="python3", language="python", progress_bar=False, autosave_cell_every=30,
-            kernel_manager_class=Kernel, start_timeout=600, iopub_timeout=60, **limit,
+            parameters=dict(given),
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            autosave_cell_every=30,
+            kernel_manager_class=Kernel,
+            start_timeout=600,
+            iopub_timeout=60,
+            **limit,
         )
     finally:
         log.disabled = False
@@ -186,7 +218,9 @@ def _reporting(path: Path, label: str, report: Callable[[str], None]) -> Iterato
         while not ended.wait(REPORT_S):
             progress = read_json(path / "status.json").get("progress")
             if progress and progress != said:
-                report(f"{label}  {progress['done']}/{progress['total']}  {progress['note']}".rstrip())
+                report(
+                    f"{label}  {progress['done']}/{progress['total']}  {progress['note']}".rstrip()
+                )
                 said = progress
 
     thread = threading.Thread(target=poll, daemon=True)

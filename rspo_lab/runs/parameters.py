@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict}
-_RESERVED = {"In", "Out", "exit", "quit", "open", "get_ipython"} | {"name", "key", "state", "progress", "error", "path"}
+_RESERVED = {"In", "Out", "exit", "quit", "open", "get_ipython"} | {
+    "name",
+    "key",
+    "state",
+    "progress",
+    "error",
+    "path",
+}
 
 
 class ParameterError(ValueError):
@@ -28,8 +35,7 @@ class ParameterError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One declared parameter; `annotation` is source text, such as `int` or `list[float] | None`.
-    """
+    """One declared parameter; `annotation` is source text, such as `int` or `list[float] | None`."""
 
     name: str
     annotation: str
@@ -51,11 +57,17 @@ def declared(notebook: Path | str) -> dict[str, Parameter]:
         raise FileNotFoundError(f"no notebook at {notebook}")
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        tagged = [cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+        tagged = [
+            cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", ())
+        ]
     except (ValueError, KeyError, TypeError) as error:
-        raise ParameterError(f"{notebook} is not a notebook: {type(error).__name__}: {error}") from error
+        raise ParameterError(
+            f"{notebook} is not a notebook: {type(error).__name__}: {error}"
+        ) from error
     if len(tagged) > 1:
-        raise ParameterError(f"{notebook.name} has {len(tagged)} cells tagged 'parameters'; keep one")
+        raise ParameterError(
+            f"{notebook.name} has {len(tagged)} cells tagged 'parameters'; keep one"
+        )
     found: dict[str, Parameter] = {}
     for parameter in _parse("".join(tagged[0]) if tagged else "", notebook.name):
         if parameter.name in found:
@@ -73,7 +85,9 @@ def coerce(parameter: Parameter, text: str) -> Any:
             return check(parameter, value)
         except ParameterError:
             continue
-    raise ParameterError(f"parameter {parameter.name}: given {text!r}, expected {parameter.annotation}")
+    raise ParameterError(
+        f"parameter {parameter.name}: given {text!r}, expected {parameter.annotation}"
+    )
 
 
 def check(parameter: Parameter, value: Any) -> Any:
@@ -83,13 +97,20 @@ def check(parameter: Parameter, value: Any) -> Any:
     try:
         return _fit(_annotation(parameter.annotation), _plain(value))
     except (TypeError, ValueError, OverflowError) as error:
-        raise ParameterError(f"parameter {parameter.name}: given {value!r}, expected {parameter.annotation}") from error
+        raise ParameterError(
+            f"parameter {parameter.name}: given {value!r}, expected {parameter.annotation}"
+        ) from error
 
 
 def fields(config: type) -> dict[str, Parameter]:
     """The fields of a config dataclass as parameters; one without a default has MISSING."""
     found = dataclasses.fields(config)
-    return {f.name: Parameter(f.name, f.type.__name__ if isinstance(f.type, type) else str(f.type), f.default) for f in found}
+    return {
+        f.name: Parameter(
+            f.name, f.type.__name__ if isinstance(f.type, type) else str(f.type), f.default
+        )
+        for f in found
+    }
 
 
 def complete(parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,12 +124,13 @@ def complete(parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> d
 
 
 def unknown(name: str, names: Iterable[str]) -> ParameterError:
-    """The error for an undeclared name: what was probably meant, and everything that is declared.
-    """
+    """The error for an undeclared name: what was probably meant, and everything that is declared."""
     names = list(names)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return ParameterError(f"unknown parameter {name!r}: {hint}declared: {', '.join(names) or 'none'}")
+    return ParameterError(
+        f"unknown parameter {name!r}: {hint}declared: {', '.join(names) or 'none'}"
+    )
 
 
 def _parse(source: str, where: str) -> Iterable[Parameter]:
@@ -126,12 +148,16 @@ def _parse(source: str, where: str) -> Iterable[Parameter]:
     }
     for statement in body:
         match statement:
-            case ast.AnnAssign(target=ast.Name(id=name), annotation=node, value=ast.expr() as value):
+            case ast.AnnAssign(
+                target=ast.Name(id=name), annotation=node, value=ast.expr() as value
+            ):
                 annotation = ast.unparse(node)
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 annotation = ""
             case _:
-                raise ParameterError(f"{where}: write `name: type = literal`, not `{ast.unparse(statement)}`")
+                raise ParameterError(
+                    f"{where}: write `name: type = literal`, not `{ast.unparse(statement)}`"
+                )
         if name in _RESERVED or name.startswith("_"):
             raise ParameterError(f"{where}: {name} is reserved, rename the parameter")
         try:
@@ -142,7 +168,9 @@ def _parse(source: str, where: str) -> Iterable[Parameter]:
             default = _fit(_annotation(annotation), default)
         except (KeyError, TypeError, ValueError) as error:
             expected = annotation or "a typed literal (bool, int, float, str, list, dict)"
-            raise ParameterError(f"{where}: {name} = {ast.unparse(value)} is not {expected}") from error
+            raise ParameterError(
+                f"{where}: {name} = {ast.unparse(value)} is not {expected}"
+            ) from error
         yield Parameter(name, annotation, default, comments.get(statement.end_lineno or 0, ""))
 
 
@@ -158,8 +186,7 @@ def _literals(text: str) -> Iterable[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON data equal to `value`: numpy scalars and tuples converted, any other kind a TypeError.
-    """
+    """JSON data equal to `value`: numpy scalars and tuples converted, any other kind a TypeError."""
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         value = value.item()
     if type(value) in (list, tuple):
@@ -195,6 +222,8 @@ def _fit(node: ast.expr, value: Any) -> Any:
             return value
         case ast.Subscript(value=ast.Name(id="list"), slice=item) if type(value) is list:
             return [_fit(item, entry) for entry in value]
-        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[_, item])) if type(value) is dict:
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[_, item])) if (
+            type(value) is dict
+        ):
             return {key: _fit(item, entry) for key, entry in value.items()}
     raise TypeError(f"not {ast.unparse(node)}")

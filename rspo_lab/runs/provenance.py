@@ -11,7 +11,17 @@ from pathlib import Path
 from rspo_lab.runs.files import replacing, write_json
 
 _SOURCE = Path(__file__).resolve().parents[2]
-_PACKAGES = ("rspo-lab", "torch", "transformers", "peft", "accelerate", "papermill", "ipykernel", "numpy", "pandas")
+_PACKAGES = (
+    "rspo-lab",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "papermill",
+    "ipykernel",
+    "numpy",
+    "pandas",
+)
 
 
 def write_provenance(path: Path, started: str, notebook: Path | None) -> None:
@@ -28,7 +38,8 @@ def write_provenance(path: Path, started: str, notebook: Path | None) -> None:
         path / "provenance.json",
         {
             "started": started,
-            "notebook": notebook and {"path": str(notebook), "sha256": _sha256(notebook.read_bytes())},
+            "notebook": notebook
+            and {"path": str(notebook), "sha256": _sha256(notebook.read_bytes())},
             "git": (_git("rev-parse", "HEAD") or "").strip() or None,
             "dirty": _sha256(diff.encode()) if diff else None,
             "untracked": (_git("ls-files", "--others", "--exclude-standard") or "").splitlines(),
@@ -48,7 +59,9 @@ def _git(*words: str) -> str | None:
     """
     command = ["git", "-C", str(_SOURCE), *words]
     try:
-        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True).stdout
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
 

@@ -51,11 +51,18 @@ class Run:
         self.started = now()
         self._writes = writes  # False on the other processes of a distributed run
         self._progressed = -math.inf  # when progress was last written
-        self._status: dict[str, Any] = {"state": "running", "pid": os.getpid(), "started": self.started}
+        self._status: dict[str, Any] = {
+            "state": "running",
+            "pid": os.getpid(),
+            "started": self.started,
+        }
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Say how far the run is; at most one write a second, and always the last."""
-        self._status |= {"state": "running", "progress": {"done": done, "total": total, "note": note}}
+        self._status |= {
+            "state": "running",
+            "progress": {"done": done, "total": total, "note": note},
+        }
         if done == total or time.monotonic() - self._progressed >= 1:
             self._progressed = time.monotonic()
             self._write()
@@ -79,7 +86,12 @@ class Run:
             from IPython.display import Image, display
 
             if get_ipython() is not None:
-                display(Image(filename=str(folder / f"{name}.png"), width=round(120 * figure.get_figwidth())))
+                display(
+                    Image(
+                        filename=str(folder / f"{name}.png"),
+                        width=round(120 * figure.get_figwidth()),
+                    )
+                )
 
     def results(self, frame: "DataFrame") -> None:
         """Save the run's final tidy table as results.parquet."""
@@ -116,10 +128,19 @@ def start_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
     parameters = declared(source)
     if not any(isinstance(value, Run) for value in namespace.values()):
         for name, value in namespace.items():
-            if name not in parameters and type(value) in _LITERALS and name not in _IPYTHON and not name.startswith("_"):
-                raise ParameterError(f"{unknown(name, parameters)} (by hand: save the notebook, restart its kernel)")
+            if (
+                name not in parameters
+                and type(value) in _LITERALS
+                and name not in _IPYTHON
+                and not name.startswith("_")
+            ):
+                raise ParameterError(
+                    f"{unknown(name, parameters)} (by hand: save the notebook, restart its kernel)"
+                )
     if missing := [name for name in parameters if name not in namespace]:
-        raise ParameterError(f"{', '.join(missing)} not set: run the parameters cell of {notebook} first")
+        raise ParameterError(
+            f"{', '.join(missing)} not set: run the parameters cell of {notebook} first"
+        )
     params = {name: check(parameter, namespace[name]) for name, parameter in parameters.items()}
     # our wrapper made this directory for this kernel, and holds its lock
     if "RSPO_LAB_RUN" in os.environ:
@@ -160,7 +181,9 @@ def runs_root(notebook: Path) -> Path:
     return (folder.parent if folder.name == "notebooks" else folder) / "runs"
 
 
-def run_path(notebook: Path, params: Mapping[str, Any], root: Path, name: str | None = None) -> Path:
+def run_path(
+    notebook: Path, params: Mapping[str, Any], root: Path, name: str | None = None
+) -> Path:
     """<root>/<name>/<key>; the key is a hash of the notebook's name and all its parameters."""
     if name is not None and Path(name).name != name:
         raise RunError(f"the run's name {name!r} must be one folder name")
@@ -181,7 +204,9 @@ def claim(path: Path, params: Mapping[str, Any]) -> None:
         else:
             write_json(path / "params.json", params)
     except OSError as error:
-        raise RunError(f"cannot write the run folder {path} ({error.strerror}): choose another") from error
+        raise RunError(
+            f"cannot write the run folder {path} ({error.strerror}): choose another"
+        ) from error
     except RunError:
         release(path)
         raise
@@ -194,8 +219,7 @@ def release(path: Path) -> None:
 
 
 def _lock(path: Path) -> IO[str]:
-    """The locked file; a look by `load_runs` may hold the lock for an instant, hence a few tries.
-    """
+    """The locked file; a look by `load_runs` may hold the lock for an instant, hence a few tries."""
     file = open(path / ".lock", "a+")
     for _ in range(5):
         try:
@@ -210,7 +234,9 @@ def _lock(path: Path) -> IO[str]:
     file.seek(0)
     owner = file.read() or "another process"
     file.close()
-    raise RunError(f"{path} is in use by {owner}: wait for it, or end it (a notebook: shut down its kernel)")
+    raise RunError(
+        f"{path} is in use by {owner}: wait for it, or end it (a notebook: shut down its kernel)"
+    )
 
 
 def alive(path: Path) -> bool:
@@ -228,9 +254,15 @@ def alive(path: Path) -> bool:
 def _match(path: Path, params: Mapping[str, Any]) -> None:
     """RunError unless the directory was opened for exactly these parameters."""
     theirs = read_json(path / "params.json")
-    names = [name for name in {**theirs, **params} if theirs.get(name, _ABSENT) != params.get(name, _ABSENT)]
+    names = [
+        name
+        for name in {**theirs, **params}
+        if theirs.get(name, _ABSENT) != params.get(name, _ABSENT)
+    ]
     if names:
-        raise RunError(f"{path} belongs to other parameters ({', '.join(names)} differ): choose another run folder")
+        raise RunError(
+            f"{path} belongs to other parameters ({', '.join(names)} differ): choose another run folder"
+        )
 
 
 def load_runs(root: Path | str) -> "DataFrame":
@@ -275,10 +307,18 @@ def _locate(notebook: str) -> Path:
     if "RSPO_LAB_NOTEBOOK" in os.environ:
         source = Path(os.environ["RSPO_LAB_NOTEBOOK"])
         if source.name != notebook:
-            raise ParameterError(f'this is {source.name}: write start_run("{source.name}", globals()), not "{notebook}"')
+            raise ParameterError(
+                f'this is {source.name}: write start_run("{source.name}", globals()), not "{notebook}"'
+            )
         return source
-    places = [Path.cwd() / notebook, Path.cwd() / "notebooks" / notebook, _SOURCE / "notebooks" / notebook]
+    places = [
+        Path.cwd() / notebook,
+        Path.cwd() / "notebooks" / notebook,
+        _SOURCE / "notebooks" / notebook,
+    ]
     for place in places:
         if place.is_file():
             return place
-    raise FileNotFoundError(f"{notebook} is not at {', '.join(map(str, places))}: start Jupyter in the notebook's folder")
+    raise FileNotFoundError(
+        f"{notebook} is not at {', '.join(map(str, places))}: start Jupyter in the notebook's folder"
+    )

@@ -26,14 +26,20 @@ def tracking(config, path: Path) -> Iterator[Callable[[dict], None]]:
     try:
         import trackio  # noqa: F401
     except ImportError as error:
-        raise RuntimeError(f"{VARIABLE} is set and trackio is not there: pip install -e .[track], or unset it") from error
+        raise RuntimeError(
+            f"{VARIABLE} is set and trackio is not there: pip install -e .[track], or unset it"
+        ) from error
     from accelerate import PartialState
     from accelerate.tracking import TrackioTracker
 
     PartialState()  # the tracker's own log asks for it
-    tracker = TrackioTracker(project, name=f"{path.parent.name}/{path.name}", resume="allow", config=asdict(config))
+    tracker = TrackioTracker(
+        project, name=f"{path.parent.name}/{path.name}", resume="allow", config=asdict(config)
+    )
     tracker.start()
     try:
-        yield lambda record: tracker.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=record["step"])
+        yield lambda record: tracker.log(
+            {k: v for k, v in record.items() if k != "step" and v is not None}, step=record["step"]
+        )
     finally:
         tracker.finish()
