@@ -1,4 +1,8 @@
-"""Files replaced whole: a reader sees the old one or the new one, never half of either."""
+"""Files of a run: JSON replaced whole, so that a reader sees the old or the new, and JSON lines.
+
+A JSON-lines file grows by whole lines; a line without its end is one that is still being written,
+or that a killed process left.
+"""
 
 import json
 import os
@@ -11,7 +15,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file beside `path` to write to; it takes the place of `path` when the block ends well."""
+    """A new file beside `path` to write to; it replaces `path` when the block ends well."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield new
@@ -33,3 +37,30 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one record as the file's last line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file, without a last line that has no end; [] if it is missing.
+
+    ValueError, naming file and line: any other line is not one JSON object.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is damaged: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} is no record but {record!r:.60}")
+        records.append(record)
+    return records

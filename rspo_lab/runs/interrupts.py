@@ -11,8 +11,9 @@ from typing import Any
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Take SIGTERM as an interrupt, KeyboardInterrupt("SIGTERM"), so that what was begun is ended;
-    a handler already set is kept.
+    """Take SIGTERM as KeyboardInterrupt("SIGTERM"), so that what was begun is ended.
+
+    A handler already set is kept.
     """
     if (
         threading.current_thread() is not threading.main_thread()
@@ -34,14 +35,14 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def children(stderr: Path) -> Iterator[None]:
-    """Processes started inside (of the main thread) can be ended by SIGINT, and write their stderr
-    to the end of a file.
+    """Processes started inside can be ended by SIGINT, and write stderr to the end of a file.
 
     In the background of a script they would ignore it; on Ctrl-C a terminal sends it to them too,
     and they say so.
     """
     stderr.parent.mkdir(parents=True, exist_ok=True)
-    own, before = os.dup(2), signal.signal(signal.SIGINT, signal.default_int_handler)
+    own = os.dup(2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with stderr.open("ab") as other:
             os.dup2(other.fileno(), 2)
@@ -54,10 +55,9 @@ def children(stderr: Path) -> Iterator[None]:
 
 @contextmanager
 def noted(*signals: int) -> Iterator[list[int]]:
-    """While active (in the main thread) these signals are put down in a list instead of ending the
-    process.
-    """
-    received, before = [], {}
+    """Signals that come are put into a list instead of ending the process (main thread only)."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         before = {
             number: signal.signal(number, lambda n, frame: received.append(n)) for number in signals

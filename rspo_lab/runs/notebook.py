@@ -1,5 +1,4 @@
-"""One strict headless execution of a notebook: Papermill inside a run directory, with an outcome
-that can be trusted.
+"""One strict headless execution of a notebook: Papermill in a run directory, and how it ended.
 
 Success is `run.finish()` in the last cell AND a clean return of Papermill, whose own notebook
 metadata call a dead kernel "completed".  Heavy imports: the command line validates with
@@ -64,8 +63,7 @@ def run_notebook(
     timeout: int | float | None = None,
     report: Callable[[str], None] = print,
 ) -> Outcome:
-    """Run a notebook in <runs>/<name>/<key> unless it is done there; `timeout` is seconds for the
-    whole run.
+    """Run a notebook in <runs>/<name>/<key> unless it is done there; `timeout` in seconds.
 
     ParameterError, RunError and FileNotFoundError are raised before anything runs; everything later
     is in the Outcome.
@@ -81,26 +79,26 @@ def run_notebook(
         write_json(path / "status.json", {"state": "running", "pid": os.getpid(), "started": now()})
         with terminable(), _reporting(path, notebook.stem, report):
             failure = _attempt(notebook, {key: params[key] for key in given}, path, timeout)
-        status = read_json(path / "status.json")
-        if not failure and status.get("state") == "done":
-            return Outcome(path, "done", 0, f"done: {path}")
-        if not failure and status.get("state") == "stopped":
-            return Outcome(path, "stopped", 130, f"stopped: {path}")
-        kind, message, code = failure or (
-            "unfinished",
-            "the notebook ended before run.finish() (sys.exit?)",
-            1,
-        )
-        if kind == "input" and not existed:
+        if failure and failure[0] == "input" and not existed:
             _remove(path, runs)
-            return Outcome(path, "failed", code, message)
-        error = {"kind": kind, "message": message}
-        write_json(
-            path / "status.json", {**status, "state": "failed", "ended": now(), "error": error}
-        )
-        return Outcome(path, "failed", code, f"{message} (see {path / 'executed.ipynb'})")
+            return Outcome(path, "failed", failure[2], failure[1])
+        return _outcome(path, failure)
     finally:
         release(path)
+
+
+def _outcome(path: Path, failure: tuple[str, str, int] | None) -> Outcome:
+    """How a run ended whose kernel is gone; a failure is written into its status."""
+    status = read_json(path / "status.json")
+    if not failure and status.get("state") == "done":
+        return Outcome(path, "done", 0, f"done: {path}")
+    if not failure and status.get("state") == "stopped":
+        return Outcome(path, "stopped", 130, f"stopped: {path}")
+    unfinished = ("unfinished", "the notebook ended before run.finish() (sys.exit?)", 1)
+    kind, message, code = failure or unfinished
+    error = {"kind": kind, "message": message}
+    write_json(path / "status.json", {**status, "state": "failed", "ended": now(), "error": error})
+    return Outcome(path, "failed", code, f"{message} (see {path / 'executed.ipynb'})")
 
 
 def _remove(path: Path, runs: Path) -> None:
@@ -114,9 +112,7 @@ def _remove(path: Path, runs: Path) -> None:
 def _attempt(
     notebook: Path, given: Mapping[str, Any], path: Path, timeout: int | float | None
 ) -> tuple[str, str, int] | None:
-    """Execute, once more if the kernel does not start; None, or the kind, message and exit code of
-    the failure.
-    """
+    """Execute, once more if the kernel does not start; the (kind, message, code) of a failure."""
     deadline = time.monotonic() + timeout if timeout is not None else None
     try:
         try:
@@ -149,56 +145,29 @@ def _attempt(
 
 
 def _execute(notebook: Path, given: Mapping[str, Any], path: Path, deadline: float | None) -> None:
-    """Papermill with a kernel of this interpreter, on sockets in a private directory (shared ones
-    fail when runs start together).
+    """Papermill with a kernel of this interpreter; its sockets are in a private directory.
+
+    Sockets in a shared one fail when runs start together.
     """
-    limit = (
-        {"timeout_func": lambda cell: max(deadline - time.monotonic(), 0.01)} if deadline else {}
-    )
+    limit = {}
+    if deadline:
+        limit["timeout_func"] = lambda cell: max(deadline - time.monotonic(), 0.01)
     # a socket's path has at most 107 bytes
     short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     folder = tempfile.mkdtemp(prefix="rspo-", dir=short)
-    env = {
-        **os.environ,
-        "RSPO_LAB_RUN": str(path),
-        "RSPO_LAB_NOTEBOOK": str(notebook),
-        "RSPO_LAB_HEADLESS": "1",
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        # no start-up files of the user's, nothing in a home folder that may be read-only
-        "IPYTHONDIR": folder,
-    }
-
-    class Kernel(AsyncKernelManager):
-        def __init__(self, **options: Any) -> None:
-            # without other specs python3 is sys.executable
-            native = KernelSpecManager(kernel_dirs=[])
-            sockets = {
-                "transport": "ipc",
-                "ip": f"{folder}/k",
-                "connection_file": f"{folder}/kernel.json",
-            }
-            super().__init__(kernel_spec_manager=native, **sockets, **options)
-
-        async def start_kernel(self, **options: Any) -> None:
-            # what no cell shows: a crash in C, ipykernel's own complaints
-            with open(path / "kernel.log", "wb") as output:
-                await super().start_kernel(
-                    env=env, cwd=str(notebook.parent), stdout=output, stderr=output, **options
-                )
-
     log = logging.getLogger("papermill")
     # it calls `int | None` parameters unknown, and repeats what the outcome says
     log.disabled = True
     try:
         papermill.execute_notebook(
-            # its paths are templates
-            *(re.sub("([{}])", r"\1\1", str(file)) for file in (notebook, path / "executed.ipynb")),
+            _literal_path(notebook),
+            _literal_path(path / "executed.ipynb"),
             parameters=dict(given),
             kernel_name="python3",
             language="python",
             progress_bar=False,
             autosave_cell_every=30,
-            kernel_manager_class=Kernel,
+            kernel_manager_class=_kernel(notebook, path, folder),
             start_timeout=600,
             iopub_timeout=60,
             **limit,
@@ -208,9 +177,42 @@ def _execute(notebook: Path, given: Mapping[str, Any], path: Path, deadline: flo
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _literal_path(path: Path) -> str:
+    """A path as Papermill takes it, to whom braces are a template."""
+    return re.sub("([{}])", r"\1\1", str(path))
+
+
+def _kernel(notebook: Path, path: Path, folder: str) -> type[AsyncKernelManager]:
+    """The kind of kernel of one run in `path`, with sockets and settings in `folder`."""
+    environment = {
+        **os.environ,
+        "RSPO_LAB_RUN": str(path),
+        "RSPO_LAB_NOTEBOOK": str(notebook),
+        "RSPO_LAB_HEADLESS": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        # no start-up files of the user's, nothing in a home folder that may be read-only
+        "IPYTHONDIR": folder,
+    }
+    sockets = {"transport": "ipc", "ip": f"{folder}/k", "connection_file": f"{folder}/kernel.json"}
+
+    class Kernel(AsyncKernelManager):
+        def __init__(self, **options: Any) -> None:
+            # without other specs python3 is sys.executable
+            native = KernelSpecManager(kernel_dirs=[])
+            super().__init__(kernel_spec_manager=native, **sockets, **options)
+
+        async def start_kernel(self, **options: Any) -> None:
+            options |= {"env": environment, "cwd": str(notebook.parent)}
+            # what no cell shows: a crash in C, ipykernel's own complaints
+            with open(path / "kernel.log", "wb") as output:
+                await super().start_kernel(stdout=output, stderr=output, **options)
+
+    return Kernel
+
+
 @contextmanager
 def _reporting(path: Path, label: str, report: Callable[[str], None]) -> Iterator[None]:
-    """Hand on the run's progress, a line each REPORT_S at most and only when it changed."""
+    """Report the run's progress when it changed, at most one line per REPORT_S seconds."""
     ended = threading.Event()
 
     def poll() -> None:
@@ -218,9 +220,8 @@ def _reporting(path: Path, label: str, report: Callable[[str], None]) -> Iterato
         while not ended.wait(REPORT_S):
             progress = read_json(path / "status.json").get("progress")
             if progress and progress != said:
-                report(
-                    f"{label}  {progress['done']}/{progress['total']}  {progress['note']}".rstrip()
-                )
+                count = f"{progress['done']}/{progress['total']}"
+                report(f"{label}  {count}  {progress['note']}".rstrip())
                 said = progress
 
     thread = threading.Thread(target=poll, daemon=True)

@@ -25,9 +25,7 @@ _PACKAGES = (
 
 
 def write_provenance(path: Path, started: str, notebook: Path | None) -> None:
-    """Write provenance.json, and dirty.diff where tracked source differs from the commit, into the
-    run in `path`.
-    """
+    """Write provenance.json into a run, and dirty.diff where tracked source differs from git's."""
     diff = _git("diff", "HEAD")
     if diff:
         with replacing(path / "dirty.diff") as new:
@@ -54,9 +52,7 @@ def write_provenance(path: Path, started: str, notebook: Path | None) -> None:
 
 
 def _git(*words: str) -> str | None:
-    """What git says about this library's source; None where that is not in a repository with a
-    commit.
-    """
+    """What git says about this library's source; None without a repository with a commit."""
     command = ["git", "-C", str(_SOURCE), *words]
     try:
         return subprocess.run(

@@ -1,5 +1,4 @@
-"""A run is a directory: opened before anything else, refused if it belongs to other parameters,
-done when its status says so.
+"""A run is a directory, opened before anything else and done when its status says so.
 
 runs/<name>/<key>/ holds params.json, provenance.json (+ dirty.diff), status.json, executed.ipynb,
 metrics.jsonl, results.parquet and figures/<name>.{png,pdf,csv}.  Every file is replaced whole,
@@ -21,7 +20,7 @@ from types import NoneType
 from typing import IO, TYPE_CHECKING, Any
 
 from rspo_lab.runs.files import read_json, replacing, write_json
-from rspo_lab.runs.parameters import ParameterError, check, declared, unknown
+from rspo_lab.runs.parameters import ParameterError, check, declared, flat, unknown
 from rspo_lab.runs.provenance import write_provenance
 
 if TYPE_CHECKING:
@@ -40,8 +39,9 @@ class RunError(Exception):
 
 
 class Run:
-    """One open run directory.  Training sets `stopped` when the user pressed Stop; `finish` then
-    records it.
+    """One open run directory.
+
+    Training sets `stopped` when the user pressed Stop; `finish` then records it.
     """
 
     def __init__(self, path: Path, params: Mapping[str, Any], *, writes: bool = True) -> None:
@@ -117,26 +117,16 @@ class Run:
 
 
 def start_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
-    """First library call of a notebook, `run = start_run("02_train.ipynb", globals())`: check its
-    parameters, open its run.
+    """Check a notebook's parameters and open its run: its first library call.
 
-    An undeclared name is an error on the first start in a kernel (this catches what bare Papermill
-    only warns of); later starts find a Run in the namespace and let the variables of its own cells
-    be.
+    `run = start_run("02_train.ipynb", globals())`.  An undeclared name is an error on the first
+    start in a kernel, where bare Papermill only warns; later starts find a Run in the namespace and
+    let the variables of the notebook's own cells be.
     """
     source = _locate(notebook)
     parameters = declared(source)
     if not any(isinstance(value, Run) for value in namespace.values()):
-        for name, value in namespace.items():
-            if (
-                name not in parameters
-                and type(value) in _LITERALS
-                and name not in _IPYTHON
-                and not name.startswith("_")
-            ):
-                raise ParameterError(
-                    f"{unknown(name, parameters)} (by hand: save the notebook, restart its kernel)"
-                )
+        _refuse_undeclared(namespace, parameters)
     if missing := [name for name in parameters if name not in namespace]:
         raise ParameterError(
             f"{', '.join(missing)} not set: run the parameters cell of {notebook} first"
@@ -155,9 +145,21 @@ def start_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
     return _begin(path, params, source)
 
 
+def _refuse_undeclared(namespace: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    """ParameterError if a kernel has a plain value under a name that its notebook lacks."""
+    for name, value in namespace.items():
+        if name in parameters or name in _IPYTHON or name.startswith("_"):
+            continue
+        if type(value) in _LITERALS:
+            raise ParameterError(
+                f"{unknown(name, parameters)} (by hand: save the notebook, restart its kernel)"
+            )
+
+
 def open_run(path: Path, params: Mapping[str, Any]) -> Run:
-    """Open (or take up again) a run directory for these parameters; under torchrun only rank 0
-    locks it and writes.
+    """Open a run directory for these parameters, or take it up again.
+
+    Under torchrun only rank 0 locks it and writes.
     """
     path = path.resolve()
     if os.environ.get("RANK", "0") != "0":
@@ -192,8 +194,9 @@ def run_path(
 
 
 def claim(path: Path, params: Mapping[str, Any]) -> None:
-    """Make and lock a run directory for these parameters, or RunError; held until `release` or the
-    process ends.
+    """Make and lock a run directory for these parameters, or RunError.
+
+    It stays locked until `release`, or until the process ends.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -219,7 +222,7 @@ def release(path: Path) -> None:
 
 
 def _lock(path: Path) -> IO[str]:
-    """The locked file; a look by `load_runs` may hold the lock for an instant, hence a few tries."""
+    """The locked file; `load_runs` may have the lock for an instant, hence a few tries."""
     file = open(path / ".lock", "a+")
     for _ in range(5):
         try:
@@ -260,15 +263,14 @@ def _match(path: Path, params: Mapping[str, Any]) -> None:
         if theirs.get(name, _ABSENT) != params.get(name, _ABSENT)
     ]
     if names:
-        raise RunError(
-            f"{path} belongs to other parameters ({', '.join(names)} differ): choose another run folder"
-        )
+        differ = f"{', '.join(names)} differ"
+        raise RunError(f"{path} belongs to other parameters ({differ}): choose another run folder")
 
 
 def load_runs(root: Path | str) -> "DataFrame":
-    """One row a run directory under `root`: name, key, state, one column a parameter, progress,
-    error, path.
+    """One row per run directory under `root`, one column per parameter (own hyperparameters too).
 
+    Further columns: name, key, state, progress, error, path.
     A run that says "running" but whose process is gone is "dead".
     """
     import pandas as pd
@@ -286,7 +288,7 @@ def load_runs(root: Path | str) -> "DataFrame":
                 "name": path.parent.name,
                 "key": path.name,
                 "state": "dead" if state == "running" and not alive(path) else state,
-                **read_json(path / "params.json"),
+                **flat(read_json(path / "params.json")),
                 "progress": f"{progress['done']}/{progress['total']}" if progress else "",
                 "error": status["error"]["message"] if "error" in status else "",
                 "path": str(path),
@@ -301,15 +303,12 @@ def now() -> str:
 
 
 def _locate(notebook: str) -> Path:
-    """The notebook's source file: named by our wrapper, else found from the working folder or this
-    repository.
-    """
+    """The notebook's source: named by our wrapper, else in the working folder or the project."""
     if "RSPO_LAB_NOTEBOOK" in os.environ:
         source = Path(os.environ["RSPO_LAB_NOTEBOOK"])
         if source.name != notebook:
-            raise ParameterError(
-                f'this is {source.name}: write start_run("{source.name}", globals()), not "{notebook}"'
-            )
+            call = f'start_run("{source.name}", globals())'
+            raise ParameterError(f'this is {source.name}: write {call}, not "{notebook}"')
         return source
     places = [
         Path.cwd() / notebook,
@@ -319,6 +318,7 @@ def _locate(notebook: str) -> Path:
     for place in places:
         if place.is_file():
             return place
+    looked = ", ".join(map(str, places))
     raise FileNotFoundError(
-        f"{notebook} is not at {', '.join(map(str, places))}: start Jupyter in the notebook's folder"
+        f"{notebook} is not at {looked}: start Jupyter in the notebook's folder"
     )

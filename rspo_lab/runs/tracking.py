@@ -1,5 +1,6 @@
-"""Records of training sent to a local trackio project as well, if $RSPO_LAB_TRACK names one; needs
-the extra `[track]`.
+"""Records of training sent to a local trackio project as well, if $RSPO_LAB_TRACK names one.
+
+It needs the extra `[track]`.
 """
 
 import os
@@ -13,11 +14,10 @@ VARIABLE = "RSPO_LAB_TRACK"
 
 @contextmanager
 def tracking(config, path: Path) -> Iterator[Callable[[dict], None]]:
-    """A function that takes the record of a step; without a project, and on all processes but the
-    first, it drops it.
+    """A function that takes the record of a step, and drops it without a project.
 
-    The run is called as its folder; a resumed one goes on under that name, and repeats the steps
-    since its checkpoint. RuntimeError if trackio is not installed.
+    So do all processes but the first.  The run is called as its folder; a resumed one goes on under
+    that name, and repeats the steps since its checkpoint.  RuntimeError: trackio is not installed.
     """
     project = os.environ.get(VARIABLE)
     if not project or os.environ.get("RANK", "0") != "0":
