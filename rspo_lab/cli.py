@@ -1,30 +1,41 @@
-"""The command line: `rspo-lab run | sweep | report | runs | train | eval | grade`.
+"""The command line: `rspo-lab run | train | grade | eval | runs | sweep | report`.
 
 Exit codes: 0 done; 1 a failure at run time; 2 bad input, with one line that says so; `run` has more
-(notebook.Outcome). Nothing heavy is imported before the input is known to be good.
+(notebook.Outcome).  Nothing heavy is imported before the input is known to be good.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rspo_lab.runs.parameters import (
     Parameter,
     ParameterError,
-    coerce,
+    chosen_hyperparameters,
     complete,
     declared,
-    fields,
-    unknown,
+    declared_fields,
+    flat,
+    listing,
+    settle,
 )
-from rspo_lab.runs.run import RunError, load_runs, open_run, runs_root
+from rspo_lab.runs.run import Run, RunError, load_runs, open_run, runs_root
+
+if TYPE_CHECKING:
+    from rspo_lab.sweeps.resources import Resources
+    from rspo_lab.sweeps.study import Study
+
+CONFIG = Path(__file__).parent / "config.py"  # of training
+TRAINING = "02_train.ipynb"  # the notebook that makes a run of the same parameters
+SAY_S = 5.0  # seconds between the lines of a training, at least
 
 
 class UsageError(ValueError):
@@ -49,97 +60,116 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("interrupted", 143 if error.args else 130)  # SIGTERM has an argument
 
 
+def _complain(message: str, code: int) -> int:
+    """One line on stderr."""
+    print(f"rspo-lab: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+# the options of each command
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="rspo-lab",
         description="Reinforcement learning for diffusion language models, by notebook.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_run(commands.add_parser("run", help="run a notebook headless, once per set of parameters"))
+    _add_train(commands.add_parser("train", help="train without a notebook, on one GPU or several"))
+    _add_grade(commands.add_parser("grade", help="score a file of completions"))
+    _add_eval(commands.add_parser("eval", help="complete a benchmark with a model, and score it"))
+    _add_runs(commands.add_parser("runs", help="what ran, and how it ended"))
+    _add_sweep(commands.add_parser("sweep", help="run a study or a grid, and write its report"))
+    _add_report(commands.add_parser("report", help="one HTML page over all runs in a folder"))
+    return parser
 
-    run = commands.add_parser("run", help="run a notebook headless, once for given parameters")
-    run.set_defaults(command=_run)
-    run.add_argument("notebook", type=Path)
-    _add_parameters(run)
-    run.add_argument(
-        "--runs",
-        type=Path,
-        metavar="DIR",
-        help="where runs go (default: runs, beside the notebooks folder)",
-    )
-    run.add_argument("--name", help="folder of the run in DIR (default: the notebook's name)")
-    run.add_argument("--timeout", type=float, metavar="S", help="end the run after S seconds")
 
-    train = commands.add_parser(
-        "train",
-        help="train without a notebook; under accelerate launch too, or torchrun -m rspo_lab.cli -- train",
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_run)
+    parser.add_argument("notebook", type=Path)
+    _add_parameters(parser)
+    _add_list(parser)
+    _add_runs_root(parser)
+    parser.add_argument("--name", help="folder of the run in DIR (default: the notebook's name)")
+    parser.add_argument("--timeout", type=float, metavar="S", help="end the run after S seconds")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train without a notebook.  On several GPUs: under `accelerate launch`, or "
+        "`torchrun -m rspo_lab.cli -- train`."
     )
-    train.set_defaults(command=_train)
-    train.add_argument("--run", type=Path, metavar="DIR", help="the run's folder")
-    train.add_argument(
+    parser.set_defaults(command=_train)
+    parser.add_argument("--run", type=Path, metavar="DIR", help="the run's folder")
+    parser.add_argument(
         "--study",
         nargs=2,
         metavar=("FILE", "RUN"),
-        help="parameters of a study's run, at its GPU scale; -p wins",
+        help="take the parameters of a study's run at its GPU scale; those of -p win",
     )
-    _add_parameters(train)
+    _add_parameters(parser)
+    _add_list(parser)
 
-    grade = commands.add_parser("grade", help="score a file of completions")
-    grade.set_defaults(command=_grade)
-    grade.add_argument("file", type=Path)
-    grade.add_argument("--task", required=True)
-    grade.add_argument("--protocol", default="strict", help="d1 (as published) or strict (default)")
-    grade.add_argument("--json", action="store_true", help="print JSON")
 
-    evaluate = commands.add_parser(
-        "eval",
-        help="complete a benchmark with a model, and score it; a second call goes on where one ended",
+def _add_grade(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_grade)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--task", required=True)
+    parser.add_argument(
+        "--protocol", default="strict", help="d1 (as published) or strict (default)"
     )
-    evaluate.set_defaults(command=_eval)
-    evaluate.add_argument(
-        "--model", required=True, help="a folder, one of data/base-*, or a hub name"
+    _add_json(parser)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    parser.description = (
+        "Complete a benchmark with a model, and score it.  "
+        "A second call goes on where the first ended."
     )
-    evaluate.add_argument("--task", required=True)
-    evaluate.add_argument(
+    parser.set_defaults(command=_eval)
+    add("--model", required=True, help="a folder, one of data/base-*, or a hub name")
+    add("--task", required=True)
+    add(
         "--out",
         type=Path,
         required=True,
         metavar="DIR",
         help="where completions and results.json go",
     )
-    for option, kind, text in (
-        ("lengths", str, "completion tokens: 128,256,512"),
-        ("k", str, "report pass@k of the samples: 1,4"),
-        ("data", str, "a file of problems (default: the task's test split)"),
-        ("problems", int, "how many (default: all)"),
-        ("style", str, "d1-eval (default), d1 or compact"),
-        ("block", int, "tokens a block (default: 32)"),
-        ("steps", int, "denoising steps (default: half the length)"),
-        ("temperature", float, "default: 0"),
-        ("samples", int, "completions a problem (default: 1)"),
-        ("batch", int, "completions at a time (default: 8)"),
-        ("seed", int, "default: 0"),
-        ("dtype", str, "float32 (default) or bfloat16"),
-        ("device", str, "default: cuda where there is one"),
-    ):
-        evaluate.add_argument(f"--{option}", type=kind, help=text)
-    evaluate.add_argument("--protocol", default="d1", help="d1 (default, as published) or strict")
-    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    add("--lengths", help="completion tokens, such as 128,256,512")
+    add("--k", help="report pass@k of the samples, such as 1,4")
+    add("--data", help="a file of problems (default: the task's test split)")
+    add("--problems", type=int, help="number of problems (default: all)")
+    add("--style", help="d1-eval (default), d1 or compact")
+    add("--block", type=int, help="tokens per block (default: 32)")
+    add("--steps", type=int, help="denoising steps per completion (default: half its length)")
+    add("--temperature", type=float, help="default: 0")
+    add("--samples", type=int, help="completions per problem (default: 1)")
+    add("--batch", type=int, help="completions that are decoded together (default: 8)")
+    add("--seed", type=int, help="default: 0")
+    add("--dtype", help="float32 (default) or bfloat16")
+    add("--device", help="default: cuda where there is one")
+    add("--protocol", default="d1", help="d1 (default, as published) or strict")
+    _add_json(parser)
 
-    runs = commands.add_parser("runs", help="what ran, and how it ended")
-    runs.set_defaults(command=_runs)
-    runs.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
 
-    sweep = commands.add_parser(
-        "sweep", help="run a study, or a grid over one notebook, and write its report"
-    )
-    sweep.set_defaults(command=_sweep)
-    sweep.add_argument(
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_runs)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    parser.set_defaults(command=_sweep)
+    add(
         "target",
         type=Path,
         metavar="STUDY.yaml|NOTEBOOK",
         help="one of notebooks/studies/*.yaml, or a notebook",
     )
-    sweep.add_argument(
+    add(
         "--grid",
         nargs="+",
         action="extend",
@@ -147,64 +177,52 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=A,B",
         help="values of a notebook's parameter",
     )
-    sweep.add_argument(
-        "-p",
-        dest="given",
-        action="append",
-        default=[],
-        metavar="NAME VALUE",
-        help="set a parameter for all points",
-    )
-    sweep.add_argument(
+    _add_parameters(parser)
+    add(
         "--scale",
         choices=("cpu", "gpu"),
         default="cpu",
         help="which parameters of a study (default: cpu)",
     )
-    sweep.add_argument(
+    add(
+        "--dry-run",
+        action="store_true",
+        help="list the points, how they stand and what is left to pay; run nothing",
+    )
+    _add_resources(parser)
+    _add_runs_root(parser)
+    add("--name", help="folder of the sweep in DIR (default: the file's name)")
+
+
+def _add_resources(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
         "--cluster",
         default="local",
         help="local (default), slurm, or debug: in this process, one after the other",
     )
-    sweep.add_argument(
-        "--jobs", type=int, metavar="N", help="points side by side (default: one a core)"
-    )
-    sweep.add_argument(
-        "--gpus", type=int, metavar="N", help="points side by side, each on a GPU of its own"
-    )
-    sweep.add_argument(
+    add("--jobs", type=int, metavar="N", help="points side by side (default: one per core)")
+    add("--gpus", type=int, metavar="N", help="points side by side, each on a GPU of its own")
+    add(
         "--timeout",
         type=float,
         metavar="MIN",
         help="end a point after MIN minutes; on Slurm: requeue it, three times",
     )
-    sweep.add_argument(
+    add(
         "--slurm",
         nargs="+",
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="sbatch options: partition=gpu",
-    )
-    sweep.add_argument(
-        "--runs",
-        type=Path,
-        metavar="DIR",
-        help="where runs go (default: runs, beside the notebooks folder)",
-    )
-    sweep.add_argument("--name", help="folder of the sweep in DIR (default: the file's name)")
-    sweep.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="list the points, how they stand and what is left to pay; run nothing",
+        help="options of sbatch, such as partition=gpu",
     )
 
-    report = commands.add_parser(
-        "report", help="one HTML page over all runs in a folder, and results.parquet"
-    )
-    report.set_defaults(command=_report)
-    report.add_argument("folder", type=Path, help="of a sweep, such as runs/variance")
-    return parser
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write one HTML page over all runs in a folder, and results.parquet."
+    parser.set_defaults(command=_report)
+    parser.add_argument("folder", type=Path, help="of a sweep, such as runs/variance")
 
 
 def _add_parameters(parser: argparse.ArgumentParser) -> None:
@@ -214,18 +232,36 @@ def _add_parameters(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME VALUE",
-        help="set a parameter",
+        help="set a parameter, or a hyperparameter of the chosen objective's own",
     )
+
+
+def _add_list(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--list", action="store_true", help="print the parameters, their defaults and meanings"
+        "--list", action="store_true", help="print the parameters, their values and meanings"
     )
+
+
+def _add_runs_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        metavar="DIR",
+        help="where runs go (default: runs, beside the notebooks folder)",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+# what is given for a notebook's or a config's parameters
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
-    """`-p NAME VALUE` as one argument, -pNAME=VALUE, for argparse takes a VALUE such as -1e-4 for
-    an option.
-    """
-    words, rest = [], list(argv)
+    """`-p NAME VALUE` as one word, -pNAME=VALUE: argparse takes a VALUE of -1e-4 for an option."""
+    words = []
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
         if word == "-p":
@@ -236,38 +272,44 @@ def _joined(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _values(parameters: Mapping[str, Parameter], given: Sequence[str]) -> dict[str, Any]:
-    """The values of NAME=VALUE words, typed as declared."""
-    values: dict[str, Any] = {}
-    for name, text in (word.split("=", 1) for word in given):
-        if name not in parameters:
-            raise unknown(name, parameters)
-        if name in values:
+def _texts(given: Sequence[str]) -> dict[str, str]:
+    """{name: text} of NAME=VALUE words."""
+    texts: dict[str, str] = {}
+    for word in given:
+        name, text = word.split("=", 1)
+        if name in texts:
             raise ParameterError(f"parameter {name} is given twice")
-        values[name] = coerce(parameters[name], text)
-    return values
+        texts[name] = text
+    return texts
 
 
-def _list(parameters: Mapping[str, Parameter]) -> int:
-    for p in parameters.values():
-        default = "" if p.required else f" = {p.default!r}"
-        print(f"{p.name}: {p.annotation}{default}" + (f"  # {p.comment}" if p.comment else ""))
+def _list(parameters: Mapping[str, Parameter], values: Mapping[str, Any]) -> int:
+    """Print parameters with these values in place of defaults, and the objective's own below."""
+    own = chosen_hyperparameters(parameters, values)
+    hyper = values.get("hyper", {})
+    shown = [
+        dataclasses.replace(p, default=values.get(p.name, p.default)) for p in parameters.values()
+    ]
+    shown += [dataclasses.replace(p, default=hyper.get(p.name, p.default)) for p in own.values()]
+    print(listing(shown))
     return 0
+
+
+# the commands
 
 
 def _run(args: argparse.Namespace) -> int:
     parameters = declared(args.notebook)
+    given = settle(parameters, _texts(args.given))
     if args.list:
-        return _list(parameters)
-    given = _values(parameters, args.given)
+        return _list(parameters, given)
     from rspo_lab.runs.notebook import run_notebook
 
-    runs = args.runs or runs_root(args.notebook)
     try:
         outcome = run_notebook(
             args.notebook,
             given,
-            runs=runs,
+            runs=args.runs or runs_root(args.notebook),
             name=args.name,
             timeout=args.timeout,
             report=partial(print, flush=True),
@@ -281,42 +323,26 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    parameters = declared_fields(CONFIG, "TrainConfig")
+    of_study = flat(_run_of_study(*args.study)) if args.study else {}
+    given = settle(parameters, of_study | _texts(args.given))
+    if args.list:
+        return _list(parameters, given)
+    if args.run is None:
+        raise UsageError("name the run's folder: --run DIR")
+    params = complete(parameters, given)
     from rspo_lab.config import TrainConfig
     from rspo_lab.distributed import joined
     from rspo_lab.training import train
 
-    parameters = fields(TrainConfig)
-    if args.list:
-        return _list(parameters)
-    if args.run is None:
-        raise UsageError("name the run's folder: --run DIR")
-    given = _values(parameters, args.given)
-    params = complete(parameters, _run_of_study(*args.study) | given if args.study else given)
     config = TrainConfig(**params)
     run = open_run(args.run, params)
-    rank, said = os.environ.get("RANK", "0"), 0.0
-
-    def on_step(record: dict[str, Any]) -> None:
-        nonlocal said
-        if "reward" in record and rank == "0" and time.monotonic() - said >= 5:
-            said = time.monotonic()
-            print(
-                f"step {record['step']}/{config.steps}  reward {record['reward']:.2f}", flush=True
-            )
-
+    rank = os.environ.get("RANK", "0")
     try:
         with joined(config.device) as world:
-            train(config, run, on_step=on_step, world=world)
+            train(config, run, on_step=_teller(config.steps, rank), world=world)
     except (Exception, KeyboardInterrupt) as error:
-        message = f"{type(error).__name__}: {error}"
-        try:
-            run.fail(type(error).__name__, str(error))
-            (run.path / f"traceback{'' if rank == '0' else '-' + rank}.txt").write_text(
-                traceback.format_exc(), encoding="utf-8"
-            )
-        except OSError as other:
-            message += f"; {run.path} cannot be written ({other.strerror}): mend that and run this again, it goes on from its checkpoint"
-        return _complain(message, 130 if isinstance(error, KeyboardInterrupt) else 1)
+        return _complain(_record_failure(run, rank, error), _failure_code(error))
     run.finish()
     if rank == "0":
         print(f"done: {run.path}")
@@ -327,55 +353,78 @@ def _run_of_study(file: str, name: str) -> dict[str, Any]:
     """The parameters of one run of a study, as its notebook would have them on a GPU."""
     from rspo_lab.sweeps.study import read_study
 
-    points = read_study(Path(file), Path("runs"), "gpu").points
-    found = [
-        point for point in points if point.name == name and point.notebook.name == "02_train.ipynb"
+    trainings = [
+        point
+        for point in read_study(Path(file), Path("runs"), "gpu").points
+        if point.notebook.name == TRAINING
     ]
-    if len(found) != 1:
-        trains = sorted({point.name for point in points if point.notebook.name == "02_train.ipynb"})
+    points = [point for point in trainings if point.name == name]
+    if len(points) != 1:
+        names = ", ".join(sorted({point.name for point in trainings}))
         raise UsageError(
-            f"{file} has {len(found)} points {name!r} of notebook 02_train, not one; it trains {', '.join(trains)}"
+            f"{file} has {len(points)} points {name!r} of notebook 02_train, not one; "
+            f"it trains {names}"
         )
-    return complete(declared(found[0].notebook), found[0].given)
+    return complete(declared(points[0].notebook), points[0].given)
+
+
+def _teller(steps: int, rank: str) -> Callable[[dict[str, Any]], None]:
+    """What prints the reward of a training's steps: the first process only, now and then."""
+    said = -SAY_S
+
+    def on_step(record: dict[str, Any]) -> None:
+        nonlocal said
+        if "reward" in record and rank == "0" and time.monotonic() - said >= SAY_S:
+            said = time.monotonic()
+            print(f"step {record['step']}/{steps}  reward {record['reward']:.2f}", flush=True)
+
+    return on_step
+
+
+def _record_failure(run: Run, rank: str, error: BaseException) -> str:
+    """Write why a training failed into its run; the message."""
+    message = f"{type(error).__name__}: {error}"
+    name = "traceback.txt" if rank == "0" else f"traceback-{rank}.txt"
+    try:
+        run.fail(type(error).__name__, str(error))
+        (run.path / name).write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError as other:
+        message += (
+            f"; {run.path} cannot be written ({other.strerror}): mend that and run this again, "
+            "it goes on from its checkpoint"
+        )
+    return message
+
+
+def _failure_code(error: BaseException) -> int:
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _grade(args: argparse.Namespace) -> int:
     from rspo_lab.benchmarks.grade import grade
 
-    found = grade(args.file, args.task, args.protocol)
-    print(found.to_json() if args.json else found.to_text())
+    grades = grade(args.file, args.task, args.protocol)
+    print(grades.to_json() if args.json else grades.to_text())
     return 0
 
 
 def _eval(args: argparse.Namespace) -> int:
     from rspo_lab.benchmarks.evaluate import BenchmarkConfig, benchmark, counts
 
-    config = BenchmarkConfig(
-        **{
-            name: value
-            for name in fields(BenchmarkConfig)
-            if (value := getattr(args, name)) is not None
-        }
-    )
-    lengths, ks, said = (
-        counts(args.lengths or ""),
-        counts(args.k or ""),
-        partial(print, file=sys.stderr, flush=True),
-    )
-    found = benchmark(
-        config,
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(BenchmarkConfig)}
+    results = benchmark(
+        BenchmarkConfig(**{name: value for name, value in given.items() if value is not None}),
         args.out,
-        lengths,
+        counts(args.lengths or ""),
         protocol=args.protocol,
-        ks=ks,
+        ks=counts(args.k or ""),
         device=args.device or "auto",
-        report=said,
+        report=partial(print, file=sys.stderr, flush=True),
     )
-    print(
-        json.dumps([result.to_dict() for result in found])
-        if args.json
-        else "\n".join(result.to_text() for result in found)
-    )
+    if args.json:
+        print(json.dumps([result.to_dict() for result in results]))
+    else:
+        print("\n".join(result.to_text() for result in results))
     return 0
 
 
@@ -388,49 +437,22 @@ def _runs(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from rspo_lab.sweeps.study import NOTEBOOKS, grid_study, grid_values, read_study
-
-    is_study = args.target.suffix in (".yaml", ".yml")
-    if is_study and (args.grid or args.given):
-        raise UsageError(
-            "a study says its own parameters: write them in the file, or sweep a notebook with --grid and -p"
-        )
-    if not is_study and not args.grid:
-        raise UsageError(
-            f"which points? --grid NAME=A,B, or run one with `rspo-lab run {args.target}`"
-        )
-    if not args.target.is_file():
-        raise FileNotFoundError(f"there is no file {args.target}")
-    folder = args.name or args.target.stem + ("" if is_study else "_sweep")
-    if Path(folder).name != folder:
-        raise UsageError(f"--name {folder!r} must be one folder name")
-    root = (
-        args.runs or runs_root(NOTEBOOKS / "any" if is_study else args.target)
-    ).resolve() / folder
-    if is_study:
-        study = read_study(args.target, root, args.scale)
-    else:
-        values = _values(declared(args.target), args.given)
-        study = grid_study(args.target.resolve(), values, grid_values(args.target, args.grid), root)
-    from rspo_lab.sweeps.sweep import plan, resources, summary, sweep
+    study, root = _points_to_run(args)
+    from rspo_lab.sweeps.resources import resources
 
     on = resources(
         args.cluster,
         jobs=args.jobs,
         gpus=args.gpus,
         timeout_min=args.timeout,
-        slurm=tuple(args.slurm),
+        slurm=args.slurm,
     )
+    from rspo_lab.sweeps.sweep import plan, summary, sweep
+
     if args.dry_run:
         print(plan(study, root, on))
         return 0
-    asked = args.scale == "gpu" or any(
-        str(point.given.get("device")).startswith("cuda") for point in study.points
-    )
-    if asked and not (on.gpus or on.slurm):
-        raise UsageError(
-            f"{args.target.name} asks for GPUs: say how many points side by side, --gpus N"
-        )
+    _check_gpus(args, study, on)
     try:
         states = sweep(study, root, on)
     except RuntimeError as error:  # of sbatch or squeue
@@ -441,17 +463,48 @@ def _sweep(args: argparse.Namespace) -> int:
     return 0 if set(states.values()) == {"done"} else 1
 
 
+def _points_to_run(args: argparse.Namespace) -> tuple["Study", Path]:
+    """The study of a file, or of a grid over a notebook, and its folder."""
+    from rspo_lab.sweeps.study import NOTEBOOKS, grid_study, grid_values, read_study
+
+    is_study = args.target.suffix in (".yaml", ".yml")
+    if is_study and (args.grid or args.given):
+        raise UsageError(
+            "a study says its own parameters: write them in the file, "
+            "or sweep a notebook with --grid and -p"
+        )
+    if not is_study and not args.grid:
+        raise UsageError(
+            f"which points? --grid NAME=A,B, or run one with `rspo-lab run {args.target}`"
+        )
+    if not args.target.is_file():
+        raise FileNotFoundError(f"there is no file {args.target}")
+    name = args.name or args.target.stem + ("" if is_study else "_sweep")
+    if Path(name).name != name:
+        raise UsageError(f"--name {name!r} must be one folder name")
+    default_root = runs_root(NOTEBOOKS / "any" if is_study else args.target)
+    root = (args.runs or default_root).resolve() / name
+    if is_study:
+        return read_study(args.target, root, args.scale), root
+    grid = grid_values(args.grid)
+    return grid_study(args.target.resolve(), _texts(args.given), grid, root), root
+
+
+def _check_gpus(args: argparse.Namespace, study: "Study", on: "Resources") -> None:
+    """UsageError if points ask for GPUs and the command line does not say how many."""
+    devices = [str(point.given.get("device")) for point in study.points]
+    asked = args.scale == "gpu" or any(device.startswith("cuda") for device in devices)
+    if asked and not (on.gpus or on.slurm):
+        raise UsageError(
+            f"{args.target.name} asks for GPUs: say how many points side by side, --gpus N"
+        )
+
+
 def _report(args: argparse.Namespace) -> int:
     from rspo_lab.sweeps.report import report
 
     print(report(args.folder))
     return 0
-
-
-def _complain(message: str, code: int) -> int:
-    """One line on stderr."""
-    print(f"rspo-lab: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

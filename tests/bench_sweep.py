@@ -1,8 +1,7 @@
-"""What a sweep costs beside the same notebooks one after the other in one process: `python
-tests/bench_sweep.py`; not a test.
+"""What a sweep costs beside the same notebooks run one after the other in one process; no test.
 
-12 points of a notebook that sleeps a second, 2 slots.  Overhead a point: (2 slots x sweep - back to
-back) / 12 seconds of a slot.
+`python tests/bench_sweep.py`.  12 points of a notebook that sleeps for a second, 2 slots.  Overhead
+per point: (2 slots x sweep - back to back) / 12 seconds of a slot.
 """
 
 import sys
@@ -13,8 +12,9 @@ from pathlib import Path
 from throwaway import make
 
 from rspo_lab.runs.notebook import run_notebook
+from rspo_lab.sweeps.resources import resources
 from rspo_lab.sweeps.study import grid_study
-from rspo_lab.sweeps.sweep import resources, sweep
+from rspo_lab.sweeps.sweep import sweep
 
 POINTS, SLOTS = 12, 2
 
@@ -30,7 +30,7 @@ def main() -> int:
             began = time.monotonic()
             if name == "sweep":
                 states = sweep(
-                    study, home / name, resources("local", jobs=SLOTS), said=lambda line: None
+                    study, home / name, resources("local", jobs=SLOTS), say=lambda line: None
                 )
                 assert set(states.values()) == {"done"}
             else:
@@ -47,9 +47,10 @@ def main() -> int:
     overhead = (SLOTS * seconds["sweep"] - seconds["back to back"]) / POINTS
     ratio = seconds["sweep"] / seconds["back to back"]
     print(
-        f"{POINTS} points: back to back in one process {seconds['back to back']:.1f} s, sweep on {SLOTS} slots {seconds['sweep']:.1f} s"
+        f"{POINTS} points: back to back in one process {seconds['back to back']:.1f} s, "
+        f"sweep on {SLOTS} slots {seconds['sweep']:.1f} s"
     )
-    print(f"ratio {ratio:.2f}; overhead of the sweep {overhead:.2f} s of a slot a point")
+    print(f"ratio {ratio:.2f}; overhead of the sweep {overhead:.2f} seconds of a slot per point")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""A real Slurm on this machine: an array of four, one of them preempted, all complete.  `make
-test-slurm`; needs root and Debian.
+"""A real Slurm on this machine: an array of four, one of them preempted, all complete.
 
+`make test-slurm`; needs root and Debian.
 Not collected by `make test`: it installs slurmctld, slurmd, slurm-client and munge, and takes about
 four minutes, of which two are Slurm's own wait before it starts a requeued job.
 """

@@ -1,7 +1,6 @@
-"""The command line: exit codes, one clear line for every error, and nothing heavy before the input
-is good.
-"""
+"""The command line: exit codes, one line per error, and nothing heavy before the input is good."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,11 +12,15 @@ from pathlib import Path
 import pytest
 from throwaway import make
 
+from rspo_lab import cli
 from rspo_lab.cli import main
+from rspo_lab.config import TrainConfig as RealConfig
+from rspo_lab.runs import parameters
 from rspo_lab.runs import run as runs_module
 from rspo_lab.runs.files import read_json
 from rspo_lab.runs.run import load_runs, open_run, release
 
+STUDIES = Path(__file__).parents[1] / "notebooks/studies"
 HEAVY = (
     "torch",
     "papermill",
@@ -28,6 +31,20 @@ HEAVY = (
     "transformers",
     "numpy",
 )
+COMMANDS = ("run", "train", "grade", "eval", "runs", "sweep", "report")
+METHOD_PARAMETERS = """lam: float = 0.1  # λ
+objective: str = "rspo"
+hyper: dict = {}"""
+METHODS = """
+def rspo(evidence, *, lam: float): ...
+def espo(
+    evidence,
+    *,
+    lam: float,
+    clip: float = 0.2,  # of the ratio
+    beta: float = 0.01,
+): ...
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +58,16 @@ def place(tmp_path, monkeypatch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    task: str
-    steps: int = 3
+class TrainConfig:
+    """Read from this file's source by `train --list`, as the real one's is from its own."""
+
+    # task
+
+    task: str  # which
+    steps: int = 3  # how many
+
+    # optimizer
+
     lr: float = 1e-3
 
     def __post_init__(self):
@@ -63,8 +87,10 @@ def training(monkeypatch):
             raise RuntimeError("loss is\nnot finite")
 
     module = types.ModuleType("rspo_lab.training")
-    module.TrainConfig, module.train = Config, train
-    monkeypatch.setattr(Config, "device", "cpu", raising=False)
+    module.TrainConfig = TrainConfig
+    module.train = train
+    monkeypatch.setattr(cli, "CONFIG", Path(__file__))
+    monkeypatch.setattr(TrainConfig, "device", "cpu", raising=False)
     monkeypatch.setitem(sys.modules, "rspo_lab.training", module)
 
 
@@ -109,26 +135,83 @@ def test_bad_input_is_one_line_and_exit_2(capsys, training, words, line):
     assert sorted(Path().rglob("*")) == before
 
 
-def test_help_and_bad_parameters_import_nothing_heavy():
-    make(Path("notebooks"))
-    code = f"""
+LIGHT = f"""
 import sys
 from rspo_lab.cli import main
-codes = [main(["run", "notebooks/demo.ipynb", "-p", "stpes", "3"]), main(["run", "notebooks/demo.ipynb", "--list"])]
 sweep = ["sweep", "notebooks/demo.ipynb", "--dry-run", "--grid"]
-codes += [main([*sweep, "stpes=3"]), main([*sweep, "steps=3"])]
-for words in (["--help"], ["run", "--help"], ["sweep", "--help"]):
+study = ["--study", {str(STUDIES / "llada8b_sudoku.yaml")!r}, "published"]
+calls = [
+    (2, ["run", "notebooks/demo.ipynb", "-p", "stpes", "3"]),
+    (0, ["run", "notebooks/demo.ipynb", "--list"]),
+    (2, [*sweep, "stpes=3"]),
+    (0, [*sweep, "steps=3"]),
+    (2, ["train", "--run", "r", "-p", "task", "sudoku"]),
+    (2, ["train", "--run", "r", "-p", "stpes", "3"]),
+    (2, ["train", "--run", "r", "-p", "steps", "a"]),
+    (0, ["train", "--list"]),
+    (0, ["train", "--list", *study]),
+    (2, ["grade", "none.jsonl", "--task", "countdown"]),
+    (2, ["eval", "--model", "base-sudoku", "--task", "sudoku", "--out", "o", "--style", "x"]),
+    *((0, [*words, "--help"]) for words in ([], *([c] for c in {COMMANDS!r}))),
+]
+for expected, words in calls:
     try:
-        main(words)
+        code = main(words)
     except SystemExit as end:
-        codes.append(end.code)
-print(codes, [name for name in {HEAVY!r} if name in sys.modules])
+        code = end.code
+    assert code == expected, (words, code)
+print([name for name in {HEAVY!r} if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[2, 0, 2, 0, 0, 0, 0] []"
+
+
+def test_help_lists_and_bad_parameters_import_nothing_heavy():
+    make(Path("notebooks"))
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
     assert done.stdout.startswith(
-        "steps: int = 3  # how many; GPU: 2000\nlam: float = 0.1\ndata: str | None = None\n"
+        "steps  int         3     how many; GPU: 2000\nlam    float       0.1\n"
+        "data   str | None  None\n"
     )
+    assert "GSAI-ML/LLaDA-8B-Instruct" in done.stdout  # the study's model
+
+
+def test_the_package_itself_imports_nothing():
+    code = (
+        "import sys; before = set(sys.modules); import rspo_lab; print(set(sys.modules) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "{'rspo_lab'}\n"
+
+
+def test_a_methods_own_hyperparameters_are_listed_and_given_by_name(monkeypatch, capsys):
+    make(Path("notebooks"), "run.finish()", parameters=METHOD_PARAMETERS)
+    Path("objectives.py").write_text(METHODS)
+    monkeypatch.setattr(parameters, "OBJECTIVES", Path("objectives.py"))
+    run = ["run", "notebooks/demo.ipynb", "-p", "objective", "espo"]
+    assert main([*run, "-p", "clip", "0.3", "--list"]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "",
+        "of objective espo",
+        "  clip       float  0.3            of the ratio",
+        "  beta       float  0.01",
+    ]
+    assert main([*run, "-p", "clip", "0.3"]) == 0
+    assert main([*run, "-p", "clpi", "0.3"]) == 2
+    assert "did you mean 'clip'? declared: lam, objective, hyper, clip, beta" in (
+        capsys.readouterr().err
+    )
+    assert main(["run", "notebooks/demo.ipynb", "-p", "clip", "0.3"]) == 2  # rspo has none
+    sweep = ["sweep", "notebooks/demo.ipynb", "--grid", "clip=0.1,0.2", "--cluster", "debug"]
+    assert main([*sweep, "-p", "objective", "espo"]) == 0
+    said = capsys.readouterr().out
+    assert "demo clip=0.1: done" in said and "hyper" not in said
+    frame = load_runs("runs").set_index("clip")
+    assert sorted(frame.index) == [0.1, 0.2, 0.3] and set(frame["objective"]) == {"espo"}
+    given = read_json(Path(frame.loc[0.3, "path"]) / "params.json")
+    assert given["hyper"] == {"clip": 0.3}
+    page = Path("runs/demo_sweep/index.html").read_text()
+    assert "<th>clip</th>" in page and "<th>hyper</th>" not in page
 
 
 def test_run_and_runs(capsys):
@@ -184,19 +267,36 @@ def test_a_training_failure_is_one_line_and_on_record(capsys, training):
 
 def test_train_lists_its_options(capsys, training):
     assert main(["train", "--list"]) == 0
-    assert capsys.readouterr().out == "task: str\nsteps: int = 3\nlr: float = 0.001\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "task",
+        "  task   str    (required)  which",
+        "  steps  int    3           how many",
+        "",
+        "optimizer",
+        "  lr     float  0.001",
+    ]
+    assert main(["train", "--list", "-p", "steps", "7"]) == 0
+    assert "  steps  int    7           how many" in capsys.readouterr().out
 
 
-def test_the_real_training_options_are_of_types_that_cross(capsys):
-    assert main(["train", "--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "task: str" in lines and all(
-        line.split()[1] in ("int", "float", "str", "bool") for line in lines
-    )
+def test_the_real_training_options_are_those_of_the_class_and_cross():
+    found = parameters.declared_fields(cli.CONFIG, "TrainConfig")
+    fields = dataclasses.fields(RealConfig)
+    assert list(found) == [field.name for field in fields]
+    assert [name for name, p in found.items() if p.required] == ["model", "task"]
+    for field in fields:
+        default = found[field.name].default
+        if field.default_factory is not dataclasses.MISSING:
+            assert default == field.default_factory()
+        else:
+            assert default == field.default and type(default) is type(field.default)
 
 
 def test_a_run_in_use_is_exit_2(capsys, training):
-    code = "import pathlib, rspo_lab.runs.run as r; r.open_run(pathlib.Path('x'), {}); print('open', flush=True); input()"
+    code = (
+        "import pathlib, rspo_lab.runs.run as r; r.open_run(pathlib.Path('x'), {}); "
+        "print('open', flush=True); input()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:

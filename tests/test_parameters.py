@@ -1,12 +1,12 @@
 """Parameters: what a cell or a config declares, what a text means, and what is refused."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from throwaway import make
 
+from rspo_lab.runs import parameters
 from rspo_lab.runs.parameters import (
     Parameter,
     ParameterError,
@@ -14,7 +14,13 @@ from rspo_lab.runs.parameters import (
     coerce,
     complete,
     declared,
-    fields,
+    declared_fields,
+    distinguishing,
+    flat,
+    listing,
+    own_hyperparameters,
+    settle,
+    varying,
 )
 
 
@@ -133,26 +139,207 @@ def test_check_converts_numpy_scalars_and_tuples_and_no_more():
             check(Parameter("p", "str | list | float", ""), value)
 
 
-def test_fields_of_a_config_are_parameters():
-    @dataclass(frozen=True, kw_only=True)
-    class Config:
-        model: str
-        steps: int = 3
-        views: int | None = None
-        sizes: list[int] | None = None
+GROUPED = """a = 1  # before any group
+# not a title: there is a parameter above
 
-    found = fields(Config)
-    assert [p.annotation for p in found.values()] == [
-        "str",
-        "int",
-        "int | None",
-        "list[int] | None",
+# task
+
+# also no title? it is: a blank line is above it
+b = 2
+c = 3  # with a # inside
+
+# masks: how many
+d = 4"""
+
+
+def test_a_comment_below_a_blank_line_is_the_title_of_a_group(tmp_path):
+    found = declared(make(tmp_path, parameters=GROUPED))
+    title = "also no title? it is: a blank line is above it"
+    assert [p.group for p in found.values()] == ["", title, title, "masks: how many"]
+    assert [p.comment for p in found.values()] == [
+        "before any group",
+        "",
+        "with a # inside",
+        "",
     ]
+    first = declared(make(tmp_path, parameters="# task\na = 1\n# a remark\nb = 2"))
+    assert [p.group for p in first.values()] == ["task", "task"]
+
+
+CONFIG = """from dataclasses import dataclass, field
+
+# not of the class
+LIMIT = 3
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    'What it says.'
+
+    model: str  # which
+    # masks
+
+    # masks
+
+    steps: int = 3
+    views: int | None = None
+    lr: float = (
+        1  # a long line that was wrapped
+    )
+    hyper: dict = field(default_factory=dict)  # own
+    sizes: list[int] | None = None
+
+    def __post_init__(self):
+        pass
+"""
+
+
+def test_fields_of_a_config_are_read_from_its_source(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    found = declared_fields(tmp_path / "config.py", "Config")
+    assert found["model"].required and found["model"].comment == "which"
+    assert found["lr"] == Parameter("lr", "float", 1.0, "a long line that was wrapped", "masks")
+    assert found["hyper"].default == {} and found["hyper"].comment == "own"
+    assert [p.group for p in found.values()] == ["", *["masks"] * 5]
     assert complete(found, {"model": "x", "sizes": (1, 2)}) == {
         "model": "x",
         "steps": 3,
         "views": None,
+        "lr": 1.0,
+        "hyper": {},
         "sizes": [1, 2],
     }
     with pytest.raises(ParameterError, match="no value for model: give -p model VALUE"):
         complete(found, {"steps": 4})
+    with pytest.raises(ParameterError, match="config.py has no class Other"):
+        declared_fields(tmp_path / "config.py", "Other")
+    (tmp_path / "config.py").write_text("class Config:\n    steps: int = LIMIT\n")
+    with pytest.raises(ParameterError, match="steps: int = LIMIT` has no literal"):
+        declared_fields(tmp_path / "config.py", "Config")
+
+
+METHODS = """raise RuntimeError("it was run")
+def espo(
+    evidence,
+    *,
+    lam: float,
+    clip: float = 0.2,  # of the ratio
+    kind: Literal["k2", "k3"] = "k2",
+    centre=True, scale: float = 1,  # two on a line
+    generator: Generator = make(),
+): ...
+class Other:
+    def espo(self, *, never: int = 1): ...
+"""
+MINE = "def mine(evidence, *, depth: int = 2): ...\ndef espo(evidence, *, clip: float = 0.3): ..."
+
+
+def test_own_hyperparameters_are_keyword_arguments_with_a_literal_default(tmp_path):
+    ours, mine = tmp_path / "objectives.py", tmp_path / "mine.py"
+    ours.write_text(METHODS)
+    mine.write_text(MINE)
+    found = own_hyperparameters("espo", [ours])
+    group = "of objective espo"
+    assert found["clip"] == Parameter("clip", "float", 0.2, "of the ratio", group)
+    assert check(found["kind"], "k3") == "k3" and found["centre"].annotation == "bool"
+    assert list(found) == ["clip", "kind", "centre", "scale"]
+    with pytest.raises(ParameterError, match="given 'k4', expected Literal"):
+        check(found["kind"], "k4")
+    assert own_hyperparameters("espo", [ours, mine])["clip"].default == 0.3  # the last one
+    assert list(own_hyperparameters("mine", [ours, mine])) == ["depth"]
+    assert own_hyperparameters("nothing", [ours, mine]) == {}
+    ours.write_text("def espo(evidence, *, state: int = 1): ...")
+    with pytest.raises(ParameterError, match="objectives.py: state is reserved"):
+        own_hyperparameters("espo", [ours])
+
+
+@pytest.fixture
+def target(tmp_path, monkeypatch):
+    """The parameters of a notebook with methods of the package and a user's own."""
+    (tmp_path / "objectives.py").write_text(METHODS)
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.setattr(parameters, "OBJECTIVES", tmp_path / "objectives.py")
+    text = "scale = 5.0\nobjective = 'rspo'\nhyper: dict = {}\nplugins = ''"
+    return declared(make(tmp_path, parameters=text))
+
+
+def test_own_hyperparameters_are_settled_into_hyper(target, tmp_path):
+    espo = {"objective": "espo"}
+    assert settle(target, espo | {"clip": "1", "kind": "k3"}) == espo | {
+        "hyper": {"clip": 1.0, "kind": "k3"}
+    }
+    # a declared name is the target's, not the method's
+    assert settle(target, espo | {"scale": "2"}) == espo | {"scale": 2.0}
+    both = settle(target, espo | {"hyper": '{"clip": 1}', "kind": "k3"})
+    assert both["hyper"] == {"clip": 1.0, "kind": "k3"}
+    mine = {"objective": "mine", "plugins": "mine.py", "depth": 3}
+    assert settle(target, mine, tmp_path) == {
+        "objective": "mine",
+        "plugins": str(tmp_path / "mine.py"),
+        "hyper": {"depth": 3},
+    }
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"clip": "1"}, "unknown parameter 'clip'"),
+        ({"objective": "espo", "clpi": "1"}, "did you mean 'clip'.*plugins, clip, kind, centre$"),
+        ({"objective": "espo", "hyper": {"clpi": 1}}, "'clpi': did you mean 'clip'"),
+        ({"objective": "espo", "hyper": {"clip": "a"}}, "given 'a', expected float"),
+        ({"objective": "espo", "hyper": {"clip": 1}, "clip": "2"}, "twice, once in hyper"),
+        ({"objective": "espo", "clip": "a"}, "given 'a', expected float"),
+        ({"objective": 3, "clip": "a"}, "objective: given 3, expected str"),
+    ],
+)
+def test_what_is_no_hyperparameter_of_the_objective_is_refused(target, given, said):
+    with pytest.raises(ParameterError, match=said):
+        settle(target, given)
+
+
+def test_a_file_of_plugins_is_found_from_the_callers_folder(target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settle(target, {"plugins": "mine.py"})["plugins"] == str(tmp_path / "mine.py")
+    with pytest.raises(FileNotFoundError, match="no file of plugins at .*other.py"):
+        settle(target, {"plugins": "other.py"})
+    (tmp_path / "mine.py").write_text("def mine(:")
+    with pytest.raises(ParameterError, match="mine.py is not Python"):
+        settle(target, {"plugins": "mine.py"})
+
+
+def test_a_listing_has_titles_columns_and_meanings():
+    listed = [
+        Parameter("a", "int", 3, "how many"),
+        Parameter("longer", "str | None", None, "", "task"),
+        Parameter("c", "list", ["x" * 40], "far right", "task"),
+    ]
+    assert listing(listed).splitlines() == [
+        "  a       int         3                         how many",
+        "",
+        "task",
+        "  longer  str | None  None",
+        f"  c       list        ['{'x' * 40}']  far right",
+    ]
+    assert listing([]) == ""
+
+
+def test_what_varies_between_runs():
+    runs = [
+        {"lam": 0.1, "seed": 0, "hyper": {"clip": 0.1}, "same": [1]},
+        {"lam": 0.1, "seed": 1, "hyper": {"clip": 0.2}, "same": [1]},
+        {"lam": 0.1, "seed": 1, "hyper": {"clip": 0.2}, "same": [1], "new": 1},
+    ]
+    assert varying(runs) == ["seed", "clip", "new"]
+    assert varying(runs[:2], without=("seed",)) == ["clip"] and varying([]) == []
+    assert flat(runs[0]) == {"lam": 0.1, "seed": 0, "same": [1], "clip": 0.1}
+    assert flat({"hyper": "a word"}) == {"hyper": "a word"}
+
+
+def test_runs_of_one_name_are_told_apart_by_what_they_measure_only_if_by_nothing_else():
+    runs = [
+        ("a", {"seed": 0, "trained": "x"}),
+        ("a", {"seed": 1, "trained": "y"}),
+        ("b", {"seed": 0, "trained": "x"}),
+        ("b", {"seed": 0, "trained": "y"}),
+        ("c", {"lam": 1}),
+    ]
+    assert distinguishing(runs) == {"a": ("seed",), "b": ("trained",), "c": ()}

@@ -1,6 +1,4 @@
-"""Run directories: opened for one set of parameters, one key by hand and headless, never
-half-written.
-"""
+"""Run directories: opened for one set of parameters, never half-written."""
 
 import os
 import subprocess
@@ -14,7 +12,7 @@ from throwaway import make
 
 from rspo_lab.runs import provenance
 from rspo_lab.runs import run as runs_module
-from rspo_lab.runs.files import read_json, replacing
+from rspo_lab.runs.files import append_jsonl, read_json, read_jsonl, replacing
 from rspo_lab.runs.parameters import ParameterError, complete, declared
 from rspo_lab.runs.run import RunError, load_runs, open_run, release, run_path, start_run
 
@@ -166,6 +164,34 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         assert file.read_text() == "old"
         raise ZeroDivisionError
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_json_lines_leave_out_a_half_written_last_line_only(tmp_path):
+    file = tmp_path / "a.jsonl"
+    assert read_jsonl(file) == []
+    for record in ({"step": 1, "text": "λ\nx\u2028y"}, {"step": 2}):
+        append_jsonl(file, record)
+    assert read_jsonl(file) == [{"step": 1, "text": "λ\nx\u2028y"}, {"step": 2}]
+    whole = file.read_bytes()
+    for half in (b'{"step": 3', b'{"step": 3}', b"\xce"):
+        file.write_bytes(whole + half)
+        assert [record["step"] for record in read_jsonl(file)] == [1, 2]
+    for damaged in (b"{", b"\xff", b"", b"3"):
+        file.write_bytes(whole + damaged + b"\n" + whole)
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 3 is"):
+            read_jsonl(file)
+
+
+def test_the_tables_column_of_a_methods_own_hyperparameter(tmp_path):
+    open_run(tmp_path / "a" / "1", {"objective": "espo", "hyper": {"clip": 0.1}}).finish()
+    (row,) = load_runs(tmp_path).to_dict("records")
+    assert row["clip"] == 0.1 and "hyper" not in row
+
+
+def test_notebooks_import_from_the_package_of_runs():
+    from rspo_lab import runs
+
+    assert runs.start_run is start_run and runs.load_runs is load_runs
 
 
 def test_a_run_of_other_parameters_is_refused(tmp_path):

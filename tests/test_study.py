@@ -16,11 +16,10 @@ from test_training import Folder, base, config  # noqa: F401
 from rspo_lab.cli import main
 from rspo_lab.config import TrainConfig
 from rspo_lab.figures.train import _looks, arms_figure
-from rspo_lab.runs.files import read_json
+from rspo_lab.runs.files import read_json, read_jsonl
 from rspo_lab.runs.parameters import complete, declared
 from rspo_lab.statistics import stratified_bootstrap
-from rspo_lab.sweeps import comparison as arms
-from rspo_lab.sweeps import report, study
+from rspo_lab.sweeps import comparison, report, study
 from rspo_lab.training import train
 
 
@@ -51,18 +50,21 @@ runs:
     grid: {seed: [0, 1]}
     minutes: {cpu: 1, gpu: 2}
     gpu: {steps: 1}
-    parameters: &arm {model: base-sudoku, task: sudoku, steps: 2, prompts: 2, group: 4, eval_every: 1, eval_problems: 8, device: cpu}
-  raw_advantage: {notebook: 02_train.ipynb, grid: {seed: [0, 1]}, parameters: {<<: *arm, lam: 0.0}}
+    parameters: &base
+      {model: base-sudoku, task: sudoku, steps: 2, prompts: 2, group: 4, eval_every: 1,
+       eval_problems: 8, device: cpu}
+  raw_advantage: {notebook: 02_train.ipynb, grid: {seed: [0, 1]}, parameters: {<<: *base, lam: 0.0}}
   late:
     notebook: 03_estimator_variance.ipynb
-    parameters: {trained: "@rspo", designs: [count, bsc, one_step], views: [1, 2], prompts: 2, group: 4, redraws: 50,
-                 schemes: [count, auto + two-level + allocated], gradient_views: [2], gradient_redraws: 3}
+    parameters: {trained: "@rspo", designs: [count, bsc, one_step], views: [1, 2], prompts: 2,
+                 group: 4, redraws: 50, schemes: [count, auto + two-level + allocated],
+                 gradient_views: [2], gradient_redraws: 3}
 """
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A study of two arms of two seeds and one measurement, from its file, in this process."""
+    """A study of two variants of two seeds and one measurement, from its file, in this process."""
     runs = tmp_path_factory.mktemp("runs")
     (runs / "small.yaml").write_text(SHEET)
     assert main(["sweep", str(runs / "small.yaml"), "--runs", str(runs), "--cluster", "debug"]) == 0
@@ -97,7 +99,7 @@ def test_a_study_file_ends_in_one_page_and_one_table(finished):
     assert set(results.loc[results["design"] == "one_step", "views"]) == {
         1
     }  # two views of it are refused, and left out
-    table = pd.read_csv(root / "figures/arms.csv").set_index("arm")
+    table = pd.read_csv(root / "figures/comparison.csv").set_index("variant")
     assert list(table.index) == ["rspo", "raw advantage"] and (table["seeds"] == 2).all()
     training = pd.read_parquet(root / "training.parquet")
     assert (
@@ -107,9 +109,9 @@ def test_a_study_file_ends_in_one_page_and_one_table(finished):
     )
 
 
-def test_arm_curves_add_up_what_was_spent(finished):
+def test_evaluation_curves_add_up_what_was_spent(finished):
     path = finished[1][0].path
-    curve, records = arms.arm_curve(path), arms.history(path)
+    curve, records = comparison.evaluation_curve(path), read_jsonl(path / "metrics.jsonl")
     assert curve["step"].tolist() == [0, 1, 2] and curve["rate"].tolist() == [
         r["eval_solve_rate"] for r in records
     ]
@@ -123,7 +125,7 @@ def test_arm_curves_add_up_what_was_spent(finished):
 
 
 def written(folder: Path, config: dict, *rates: float) -> Path:
-    """A training run's files: `rates` at steps 0, 2, 4 ..., 3 forwards a completion and 2 s a step."""
+    """A training run's files: `rates` at steps 0, 2, 4 ...; per step 3 forwards and 2 s."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(
         json.dumps({"seed": 0, "task": "sudoku", "eval_problems": 10} | config)
@@ -142,8 +144,8 @@ def written(folder: Path, config: dict, *rates: float) -> Path:
     return folder
 
 
-def test_arms_table_by_hand(tmp_path):
-    """Two arms of two seeds: final rates 60, 80 and 70, 100; the paired difference is 15 +- 12.706
+def test_comparison_table_by_hand(tmp_path):
+    """Two variants of two seeds: final rates 60, 80 and 70, 100; the paired difference is 15 +- 12.706
     * 5.
     """
     found = {
@@ -153,7 +155,7 @@ def test_arms_table_by_hand(tmp_path):
         ]
         for arm, finals in (("a", (0.6, 0.8)), ("b", (0.7, 1.0)))
     }
-    a, b = arms.arms_table(found).to_dict("records")
+    a, b = comparison.comparison_table(found).to_dict("records")
     assert (
         a["final, %"].startswith("70.0 [")
         and a["each seed"] == "60.0 80.0"
@@ -164,7 +166,7 @@ def test_arms_table_by_hand(tmp_path):
     )  # of two seeds a quarter of the redraws is all one
     assert (
         b["final over the first, points"] == "+15.0 [-48.5, +78.5]"
-        and b["forwards a completion"] == "6"
+        and b["forwards per completion"] == "6"
         and b["update s"] == "4"
     )
 
@@ -174,10 +176,10 @@ def test_one_seed_has_the_interval_of_its_problems_and_tasks_are_strata(tmp_path
         written(tmp_path / "s", {}, 0.5, 0.6),
         written(tmp_path / "c", {"task": "countdown"}, 0.1, 0.2),
     ]
-    sudoku, countdown, both = arms.arms_table({"a": runs}).to_dict("records")
+    sudoku, countdown, both = comparison.comparison_table({"a": runs}).to_dict("records")
     assert sudoku["final, %"] == "60.0 [31.3, 83.2] (Wilson)" and countdown["task"] == "countdown"
     said = tuple(both.get(name, "") for name in ("task", "seeds", "final, %", "final, bootstrap"))
-    assert said == ("all", 2, "40.0", "")  # one seed a task has no spread
+    assert said == ("all", 2, "40.0", "")  # one seed per task has no spread
 
 
 def finished_run(root: Path, name: str, params: dict, *rates: float) -> Path:
@@ -205,7 +207,7 @@ def test_a_page_over_runs_that_do_not_match(tmp_path):
     text = report.report(tmp_path).read_text()
     assert "t, new = 1" in text and "t, new = None" in text
     data = pd.read_csv(tmp_path / "figures/learning.csv")
-    assert dict(zip(data["arm"], data["seed"])) == {
+    assert dict(zip(data["variant"], data["seed"])) == {
         "50% more #2": 4,
         "t, new = 1": 3,
         "t, new = None": 4,
@@ -217,7 +219,7 @@ def test_a_page_over_runs_that_do_not_match(tmp_path):
 
 def test_arms_of_unequal_evaluations_are_drawn_where_they_meet(tmp_path):
     seeds = [
-        arms.arm_curve(written(tmp_path / str(i), {}, *rates))
+        comparison.evaluation_curve(written(tmp_path / str(i), {}, *rates))
         for i, rates in enumerate(((0.1, 0.3), (0.1, 0.5, 0.9)))
     ]
     many = [
@@ -242,7 +244,7 @@ def test_differences_say_of_how_many_pairs_if_of_fewer_than_there_are_seeds(tmp_
         ]
         for arm, seeds in (("a", (0, 1)), ("b", (0, 1, 2)))
     }
-    assert arms.arms_table(found)["final over the first, points"].tolist() == [
+    assert comparison.comparison_table(found)["final over the first, points"].tolist() == [
         "",
         "+0.0 [+0.0, +0.0] (n = 2)",
     ]
@@ -256,15 +258,15 @@ def test_response_is_of_one_number(tmp_path):
         ]
         for lam in (0.3, 0.0, 0.1)
     }
-    name, rates = arms.response(found)
+    name, rates = comparison.response(found)
     assert (
         name == "lam"
         and rates["value"].tolist() == [0.0, 0.1, 0.3]
         and rates["rate"].tolist() == pytest.approx([60, 70, 90])
     )
-    assert arms.response({k: found[k] for k in ("0.3", "0.0")}) is None
+    assert comparison.response({k: found[k] for k in ("0.3", "0.0")}) is None
     found["x"] = [written(tmp_path / "x", {"lam": 0.2, "task": "sums"}, 0.5, 0.6)]
-    assert arms.response(found) is None
+    assert comparison.response(found) is None
 
 
 def test_stratified_bootstrap_against_all_redraws_and_its_coverage():
@@ -458,4 +460,4 @@ def test_a_report_tells_of_a_sweep_that_is_under_way(finished, tmp_path):
 
 def test_trained_histories_read_back(base, tmp_path):  # noqa: F811
     history = train(config(base, steps=1), Folder(tmp_path / "run"))
-    assert arms.history(tmp_path / "run") == history and len(history) == 2
+    assert read_jsonl(tmp_path / "run/metrics.jsonl") == history and len(history) == 2

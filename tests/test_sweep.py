@@ -1,6 +1,4 @@
-"""Sweeps: grids, slots, order, resuming after SIGKILL, Slurm by its commands; the report lists
-every point.
-"""
+"""Sweeps: grids, slots, order, resuming after SIGKILL, Slurm by its commands, progress."""
 
 import json
 import os
@@ -19,18 +17,21 @@ from rspo_lab.runs.files import read_json, write_json
 from rspo_lab.runs.interrupts import children
 from rspo_lab.runs.parameters import ParameterError
 from rspo_lab.runs.run import claim, load_runs, release
+from rspo_lab.sweeps import local, progress, slurm
 from rspo_lab.sweeps import sweep as module
-from rspo_lab.sweeps.jobs import Here, NotebookJob
-from rspo_lab.sweeps.progress import Board
+from rspo_lab.sweeps.jobs import InProcess, NotebookJob
+from rspo_lab.sweeps.progress import SweepProgress
+from rspo_lab.sweeps.resources import resources
 from rspo_lab.sweeps.study import Point, Study, grid_study, grid_values
-from rspo_lab.sweeps.sweep import resources, summary, sweep
+from rspo_lab.sweeps.sweep import plan, summary, sweep
 
 COUNTING = """import json, os, time
 import pandas as pd
 file = run.path / "at.json"
 at = json.loads(file.read_text()) if file.exists() else 0
 with open(run.path / "starts.txt", "a") as starts:
-    starts.write(f"{os.getpid()} {at} {os.environ.get('CUDA_VISIBLE_DEVICES')} {os.environ.get('OMP_NUM_THREADS')}\\n")
+    shown = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")]
+    starts.write(f"{os.getpid()} {at} {shown[0]} {shown[1]}\\n")
 for i in range(at, steps):
     time.sleep(pace)
     file.write_text(str(i + 1)); run.progress(i + 1, steps)
@@ -43,7 +44,7 @@ PARAMETERS = (
 
 @pytest.fixture
 def notebook(tmp_path, monkeypatch):
-    """A notebook that counts its steps in a file, so that it resumes, and writes down each start."""
+    """A notebook that counts its steps in a file, so that it resumes, and notes each start."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
     (tmp_path / "notebooks").mkdir()
     return make(tmp_path / "notebooks", COUNTING, "run.finish()", parameters=PARAMETERS)
@@ -53,10 +54,16 @@ def starts(point: Path) -> list[list[str]]:
     return [line.split() for line in (point / "starts.txt").read_text().splitlines()]
 
 
-def test_values_of_a_grid_are_typed_and_parted_outside_brackets(notebook):
-    found = grid_values(notebook, ["lam=0,1e-1, 3", "design=count,bsc(0.5, 0.5)"])
-    assert found == {"lam": [0.0, 0.1, 3.0], "design": ["count", "bsc(0.5, 0.5)"]}
-    assert grid_values(notebook, ["design='a, b',\"c\",don't,won't"]) == {
+def test_values_of_a_grid_are_parted_outside_brackets_and_typed(notebook):
+    grid = grid_values(["lam=0,1e-1, 3", "design=count,bsc(0.5, 0.5)"])
+    assert grid == {"lam": ["0", "1e-1", "3"], "design": ["count", "bsc(0.5, 0.5)"]}
+    points = grid_study(notebook, {"steps": "4"}, grid, Path("runs")).points
+    assert [point.given for point in points[:3]] == [
+        {"steps": 4, "lam": 0.0, "design": "count"},
+        {"steps": 4, "lam": 0.0, "design": "bsc(0.5, 0.5)"},
+        {"steps": 4, "lam": 0.1, "design": "count"},
+    ]
+    assert grid_values(["design='a, b',\"c\",don't,won't"]) == {
         "design": ["a, b", "c", "don't", "won't"]
     }
     for words, said in (
@@ -66,7 +73,7 @@ def test_values_of_a_grid_are_typed_and_parted_outside_brackets(notebook):
         (["steps=a"], "expected int"),
     ):
         with pytest.raises(ParameterError, match=said):
-            grid_values(notebook, words)
+            grid_study(notebook, {}, grid_values(words), Path("runs"))
     with pytest.raises(ParameterError, match="lam is given and in the grid"):
         grid_study(notebook, {"lam": 1.0}, {"lam": [1.0]}, Path("runs"))
 
@@ -193,7 +200,7 @@ def test_a_point_waits_for_what_it_needs_and_is_left_if_that_fails(notebook, tmp
     ]
     lines = []
     states = sweep(
-        Study("t", [*base, *late]), tmp_path, resources("local", jobs=2), said=lines.append
+        Study("t", [*base, *late]), tmp_path, resources("local", jobs=2), say=lines.append
     )
     assert [states[point.path] for point in (*base, *late)] == ["done", "failed", "done", "waiting"]
     assert any("needs demo, which is not done" in line for line in lines)
@@ -206,11 +213,11 @@ def test_a_slot_a_gpu(notebook, tmp_path, monkeypatch):
     """Two points on two "GPUs" see one each; without any, none."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     study = grid_study(notebook, {"pace": 0.5}, {"lam": [1.0, 2.0]}, tmp_path)
-    sweep(study, tmp_path, resources("local", gpus=2), said=lambda line: None)
+    sweep(study, tmp_path, resources("local", gpus=2), say=lambda line: None)
     assert sorted(starts(point.path)[0][2] for point in study.points) == ["3", "5"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     other = grid_study(notebook, {}, {"lam": [3.0]}, tmp_path)
-    sweep(other, tmp_path, resources("local", jobs=1), said=lambda line: None)
+    sweep(other, tmp_path, resources("local", jobs=1), say=lambda line: None)
     assert starts(other.points[0].path)[0][2:] == [
         "1"
     ]  # CUDA_VISIBLE_DEVICES is empty: no GPU by accident
@@ -223,12 +230,12 @@ def test_what_another_process_runs_is_waited_for(notebook, tmp_path):
     write_json(path / "status.json", {"state": "running"})
     lines = []
 
-    def said(line):
+    def say(line):
         lines.append(line)
         if "in another process" in line:
             release(path)
 
-    assert set(sweep(study, tmp_path, resources("local", jobs=1), said=said).values()) == {"done"}
+    assert set(sweep(study, tmp_path, resources("local", jobs=1), say=say).values()) == {"done"}
     assert any("in another process, waited for" in line for line in lines)
 
 
@@ -284,7 +291,7 @@ def test_what_to_sweep_is_checked(notebook, tmp_path, capsys):
 
 def test_slurm_shows_a_gpu_only_where_one_was_asked_for():
     ways = {"jobs": 2}, {"gpus": 2}, {"slurm": ("gres=gpu:1",)}, {"slurm": ("qos=low",)}
-    seen = [module._seen(resources("slurm", **way)) for way in ways]
+    seen = [slurm.visible_gpus(resources("slurm", **way)) for way in ways]
     assert seen == [{"CUDA_VISIBLE_DEVICES": ""}, {}, {}, {"CUDA_VISIBLE_DEVICES": ""}]
 
 
@@ -325,13 +332,13 @@ class Ended(NotebookJob):
         return self.given["code"], "said why"
 
 
-def ended(code: int) -> Here:
-    return Here(Ended("", {"code": code}, "", "", None))
+def ended(code: int) -> InProcess:
+    return InProcess(Ended("", {"code": code}, "", "", None))
 
 
 def ending(how):
     """In place of the slots: the sweep meets this instead of running anything."""
-    return lambda study, left, root, on, board: how(board, left[0])
+    return lambda study, left, root, on, progress: how(progress, left[0])
 
 
 def test_sigterm_ends_a_sweep_as_ctrl_c_does_and_trouble_with_slurm_is_one_line(
@@ -340,15 +347,15 @@ def test_sigterm_ends_a_sweep_as_ctrl_c_does_and_trouble_with_slurm_is_one_line(
     words = ["sweep", str(notebook), "--grid", "lam=1"]
     monkeypatch.setattr(
         module,
-        "_local",
-        ending(lambda board, point: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))),
+        "run_locally",
+        ending(lambda progress, point: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))),
     )
     assert main(words) == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
-    def refused(board, point):
+    def refused(progress, point):
         raise RuntimeError("sbatch: error: invalid partition")
 
-    monkeypatch.setattr(module, "_local", ending(refused))
+    monkeypatch.setattr(module, "run_locally", ending(refused))
     assert main(words) == 1 and capsys.readouterr().err.endswith(
         "rspo-lab: sbatch: error: invalid partition\n"
     )
@@ -373,8 +380,8 @@ def test_processes_of_jobs_hear_sigint_and_keep_the_terminal_clean(tmp_path, cap
 def test_the_page_says_why_a_point_failed_that_left_no_folder(notebook, tmp_path, monkeypatch):
     monkeypatch.setattr(
         module,
-        "_local",
-        ending(lambda board, point: board.note(point, "failed", "lam must be less")),
+        "run_locally",
+        ending(lambda progress, point: progress.note(point, "failed", "lam must be less")),
     )
     assert main(["sweep", str(notebook), "--grid", "lam=1,2"]) == 1
     page = (tmp_path / "runs/demo_sweep/index.html").read_text()
@@ -386,16 +393,16 @@ def test_the_page_says_why_a_point_failed_that_left_no_folder(notebook, tmp_path
 def test_a_point_that_another_sweep_ended_is_done(tmp_path):
     """Ours was refused the lock; by the time we look the other has finished."""
     point = Point("a", tmp_path, {}, tmp_path)
-    board = Board([point], lambda line: None)
+    ours = SweepProgress([point], lambda line: None)
     write_json(tmp_path / "status.json", {"state": "done"})
-    module._ended(point, ended(2), board)
-    assert board.state(point) == "done"
+    local.note_end(point, ended(2), ours)
+    assert ours.state(point) == "done"
 
 
 def test_a_finished_study_costs_nothing(tmp_path):
     point = Point("a", tmp_path, {}, tmp_path)
     write_json(tmp_path / "status.json", {"state": "done"})
-    assert module.plan(Study("t", [point]), tmp_path, resources("local", jobs=1)).endswith(
+    assert plan(Study("t", [point]), tmp_path, resources("local", jobs=1)).endswith(
         "nothing to pay"
     )
 
@@ -411,7 +418,9 @@ SBATCH = """#!/bin/sh
 n=$(($(cat {0}/arrays 2>/dev/null || echo 40) + 1)); echo $n > {0}/arrays
 cp "$1" {0}/script-$n
 tasks=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$1"); folder=$(dirname "$1")
-for i in $(seq 0 ${{tasks:-0}}); do id=$n; [ -n "$tasks" ] && id=${{n}}_$i; echo $id >> {0}/ids; done
+for i in $(seq 0 ${{tasks:-0}}); do
+  id=$n; [ -n "$tasks" ] && id=${{n}}_$i; echo $id >> {0}/ids
+done
 echo "Submitted batch job $n"
 """
 
@@ -427,7 +436,7 @@ def test_slurm_arrays_are_submitted_in_order_and_not_twice(notebook, tmp_path, m
         (bin_ / name).write_text(text.format(control))
         (bin_ / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(bin_), prepend=os.pathsep)
-    monkeypatch.setattr(module, "POLL_SLURM", 0.05)
+    monkeypatch.setattr(slurm, "POLL_S", 0.05)
     base = grid_study(notebook, {}, {"lam": [1.0, 2.0]}, tmp_path / "s").points
     late = grid_study(notebook, {"seed": 5}, {"lam": [3.0]}, tmp_path / "s").points[0]
     late = Point(late.name, notebook, late.given, late.path, needs=(base[0].path,), wave=1)
@@ -435,7 +444,7 @@ def test_slurm_arrays_are_submitted_in_order_and_not_twice(notebook, tmp_path, m
     on = resources(
         "slurm", gpus=2, timeout_min=30.0, slurm=("partition=long", "exclusive", "mem-per-gpu=80G")
     )
-    states = sweep(study, tmp_path / "s", on, said=lines.append)
+    states = sweep(study, tmp_path / "s", on, say=lines.append)
     assert set(states.values()) == {"dead"} and any(
         "Slurm job 41_0 is over and the run is not" in line for line in lines
     )
@@ -453,25 +462,52 @@ def test_slurm_arrays_are_submitted_in_order_and_not_twice(notebook, tmp_path, m
     assert "dependency=afterany:41" in second and "dependency" not in first
     (control / "ticks").write_text("0")  # they are in the queue again: a second call looks on
     assert read_json(tmp_path / "s/jobs.json") and not (control / "script-43").exists()
-    sweep(study, tmp_path / "s", on, said=lines.append)
+    sweep(study, tmp_path / "s", on, say=lines.append)
     assert not (control / "script-43").exists()
     sweep(
-        study, tmp_path / "s", on, said=lines.append
+        study, tmp_path / "s", on, say=lines.append
     )  # now they are gone and not done: submitted anew
     assert (control / "script-43").exists()
 
 
-def test_the_board_redraws_in_place_on_a_terminal(tmp_path, monkeypatch, capsys):
+OLD_PICKLE = """
+import pickle, sys, types
+old = types.ModuleType("rspo_lab.jobs"); sys.modules["rspo_lab.jobs"] = old
+class NotebookJob: pass
+NotebookJob.__module__ = "rspo_lab.jobs"; old.NotebookJob = NotebookJob
+pickle.dump(NotebookJob(), open(sys.argv[1], "wb"))
+"""
+
+
+def test_a_job_pickled_before_its_class_moved_says_so_in_the_sweep(tmp_path):
+    """It was queued by an older version; Slurm starts it, and its log ends in an error."""
+    pickled = tmp_path / "old.pkl"
+    subprocess.run([sys.executable, "-c", OLD_PICKLE, str(pickled)], check=True)
+    load = f"import pickle; pickle.load(open({str(pickled)!r}, 'rb'))"
+    started = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
+    (tmp_path / ".jobs").mkdir()
+    (tmp_path / ".jobs/41_0_0_log.err").write_text(started.stderr + "\n")
+    point = Point("a", tmp_path, {}, tmp_path / "a")
+    shown = SweepProgress([point], lambda line: None)
+    slurm._note_end(point, "41_0", tmp_path, shown)
+    state, remark = shown.noted[point.path]
+    assert state == "dead" and remark.startswith(
+        "Slurm job 41_0 is over and the run is not (ModuleNotFoundError: No module named "
+        "'rspo_lab.jobs'); its log: "
+    )
+
+
+def test_progress_redraws_in_place_on_a_terminal(tmp_path, monkeypatch, capsys):
     points = [
         Point("a", tmp_path, {"lam": 1.0}, tmp_path / "1"),
         Point("a", tmp_path, {"lam": 2.0}, tmp_path / "2"),
     ]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    board = Board(points, print)
-    board.note(points[0], "running", "")
-    board.show()
-    board.note(points[0], "failed", "no memory")
-    board.close()
+    drawn = SweepProgress(points, print)
+    drawn.note(points[0], "running", "")
+    drawn.show()
+    drawn.note(points[0], "failed", "no memory")
+    drawn.close()
     said = capsys.readouterr().out
     assert (
         "a lam=1.0  running" in said
@@ -481,13 +517,13 @@ def test_the_board_redraws_in_place_on_a_terminal(tmp_path, monkeypatch, capsys)
     )
 
 
-def test_the_board_fits_a_narrow_terminal(tmp_path, monkeypatch, capsys):
+def test_progress_fits_a_narrow_terminal(tmp_path, monkeypatch, capsys):
     points = [Point("a", tmp_path, {"design": name * 40}, tmp_path / name) for name in "xy"]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(module.shutil, "get_terminal_size", lambda: os.terminal_size((24, 12)))
-    board = Board(points, print)
-    board.note(points[0], "failed", "no\nmemory")
-    board.show()
+    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: os.terminal_size((24, 12)))
+    drawn = SweepProgress(points, print)
+    drawn.note(points[0], "failed", "no\nmemory")
+    drawn.show()
     lines = capsys.readouterr().out.split("\n")
     assert (
         len(lines) == 4
@@ -495,10 +531,10 @@ def test_the_board_fits_a_narrow_terminal(tmp_path, monkeypatch, capsys):
         and "failed" in lines[0]
     )
     measured = [Point("m", tmp_path, {"trained": name}, tmp_path / name) for name in "xy"]
-    assert Board(measured, print).label(measured[1]) == "m trained=y"
+    assert SweepProgress(measured, print).label(measured[1]) == "m trained=y"
 
 
 def test_load_runs_does_not_take_submitit_for_runs(notebook, tmp_path):
     study = grid_study(notebook, {}, {"lam": [1.0]}, tmp_path / "s")
-    sweep(study, tmp_path / "s", resources("debug"), said=lambda line: None)
+    sweep(study, tmp_path / "s", resources("debug"), say=lambda line: None)
     assert len(load_runs(tmp_path / "s")) == 1

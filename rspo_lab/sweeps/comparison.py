@@ -1,38 +1,38 @@
-"""Training runs against each other: what each learned and what that cost, over the seeds of an arm.
+"""Training runs against each other: what each variant learned over its seeds, and what that cost.
 
-An arm is all runs that differ in nothing but the seed (and the task, which then is a stratum).
-Rates are greedy and held out.
+A variant is all runs that differ in nothing but the seed (and the task, which then is a stratum).
+Rates are of greedy completions of held-out problems, in %.
 """
 
-import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from rspo_lab.random_streams import generator
-from rspo_lab.runs.files import read_json
+from rspo_lab.runs.files import read_json, read_jsonl
+from rspo_lab.runs.parameters import flat, varying
 from rspo_lab.statistics import mean_interval, stratified_bootstrap, wilson
 
+FORWARDS = "forwards per completion"
+OVER_FIRST = "over the first, points"
 
-def history(path: Path) -> list[dict]:
-    """The records of a training run's metrics.jsonl; a last line that is still being written is
-    left out.
+
+def evaluation_curve(path: Path) -> pd.DataFrame:
+    """One row per evaluation of a run: step, rate (0 to 1), and what scoring had cost by then.
+
+    forwards: per completion, summed over steps; seconds: of updates.
     """
-    text = (path / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def arm_curve(path: Path) -> pd.DataFrame:
-    """A run's evaluations: step, rate, and what scoring had cost by then (forwards a completion,
-    seconds of updates).
-    """
-    timing = [json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()]
-    if not (records := history(path)):
+    records = read_jsonl(path / "metrics.jsonl")
+    if not records:
         raise ValueError(
-            f"{path / 'metrics.jsonl'} is empty though its run is done: delete that folder and run it again"
+            f"{path / 'metrics.jsonl'} is empty though its run is done: "
+            "delete that folder and run it again"
         )
     frame = pd.DataFrame(records).set_index("step")
-    spent = pd.DataFrame(timing).set_index("step")["update_s"].cumsum()
+    timing = pd.DataFrame(read_jsonl(path / "timing.jsonl"), columns=["step", "update_s"])
+    seconds = timing.set_index("step")["update_s"].cumsum()
     forwards = frame["forwards"].fillna(0).cumsum()
     rate = frame["eval_solve_rate"].dropna()
     return pd.DataFrame(
@@ -40,127 +40,172 @@ def arm_curve(path: Path) -> pd.DataFrame:
             "step": rate.index,
             "rate": rate.values,
             "forwards": forwards[rate.index].values,
-            "seconds": spent.reindex(rate.index, fill_value=0).values,
+            "seconds": seconds.reindex(rate.index, fill_value=0).values,
         }
     )
 
 
-def arms_table(arms: dict[str, list[Path]]) -> pd.DataFrame:
-    """A row a (arm, task): held-out solve rates in % and what scoring cost; with several tasks also
-    a row of all, "all".
+@dataclass(frozen=True)
+class SeedCurves:
+    """The runs of one variant on one task: {seed: its evaluation curve}, rates in %."""
 
-    final and mean over evaluations (all but the first): mean over seeds with its 95 % Student
-    interval; a single seed's final rate has its Wilson interval over the problems.  bootstrap: 95 %
-    percentiles of the final mean over seeds redrawn within each task, too narrow for few seeds, and
-    none where a task has a single one.  "over the first": points above the first arm on that task,
-    paired by seed (equal seeds start from equal rollouts), Student.
+    task: str
+    problems: int  # held out
+    curves: dict[int, pd.DataFrame]
+
+    @property
+    def before(self) -> dict[int, float]:
+        return {seed: 100 * curve["rate"].iloc[0] for seed, curve in self.curves.items()}
+
+    @property
+    def final(self) -> dict[int, float]:
+        return {seed: 100 * curve["rate"].iloc[-1] for seed, curve in self.curves.items()}
+
+    @property
+    def mean(self) -> dict[int, float]:
+        """Over all evaluations but the first."""
+        return {seed: 100 * curve["rate"].iloc[1:].mean() for seed, curve in self.curves.items()}
+
+    def cost(self, column: str) -> float:
+        """The mean over seeds of what was spent by the end."""
+        return sum(curve[column].iloc[-1] for curve in self.curves.values()) / len(self.curves)
+
+
+def seed_curves(paths: Sequence[Path]) -> list[SeedCurves]:
+    """The runs of one variant by task, in the order in which tasks first appear."""
+    tasks: dict[str, dict[int, Path]] = {}
+    problems: dict[str, int] = {}
+    for path in paths:
+        config = read_json(path / "config.json")
+        tasks.setdefault(config["task"], {})[config["seed"]] = path
+    for task, seeds in tasks.items():
+        first = next(iter(seeds.values()))
+        problems[task] = read_json(first / "config.json")["eval_problems"]
+    return [
+        SeedCurves(
+            task,
+            problems[task],
+            {seed: evaluation_curve(path) for seed, path in sorted(seeds.items())},
+        )
+        for task, seeds in tasks.items()
+    ]
+
+
+def comparison_table(variants: dict[str, list[Path]]) -> pd.DataFrame:
+    """One row per (variant, task): held-out solve rates and the cost of scoring.
+
+    With several tasks a variant also has a row of all, "all".  final and mean over evaluations (all
+    but the first): the mean over seeds with its 95 % Student interval; of a single seed the final
+    rate with its Wilson interval over the problems.  bootstrap: 95 % percentiles of the final mean
+    over seeds redrawn within each task, too narrow for few seeds, and none where a task has a
+    single one.  "over the first": points above the first variant on that task, Student, paired by
+    seed (equal seeds start from equal rollouts).
     """
-    rows, first = [], {}
-    for name, paths in arms.items():
-        runs: dict[str, dict[int, Path]] = {}
-        for path in paths:
-            config = read_json(path / "config.json")
-            runs.setdefault(config["task"], {})[config["seed"]] = path
-        finals = []
-        for task, seeds in runs.items():
-            curves = {seed: arm_curve(path) for seed, path in sorted(seeds.items())}
-            found = {
-                seed: (100 * c["rate"].iloc[-1], 100 * c["rate"].iloc[1:].mean())
-                for seed, c in curves.items()
-            }
-            compared = first.setdefault(task, found)
-            final, mean = ([pair[i] for pair in found.values()] for i in (0, 1))
-            finals.append(final)
-            before = [100 * c["rate"].iloc[0] for c in curves.values()]
-            row = {
-                "arm": name,
-                "task": task,
-                "seeds": len(found),
-                "each seed": " ".join(f"{v:.1f}" for v in final),
-            }
-            row["before, %"] = f"{sum(before) / len(before):.1f}"
-            row["final, %"] = _interval(
-                final, read_json(next(iter(seeds.values())) / "config.json")["eval_problems"]
-            )
-            if len(final) > 1:
-                row["final, bootstrap"] = "[{1:.1f}, {2:.1f}]".format(
-                    *stratified_bootstrap([final], generator=generator(0, name, task))
-                )
-            row["mean over evaluations, %"] = _interval(mean)
-            shared = [seed for seed in found if seed in compared]
-            if len(shared) > 1 and found is not compared:
-                for i, label in enumerate(("final", "mean")):
-                    value = mean_interval([found[seed][i] - compared[seed][i] for seed in shared])
-                    row[f"{label} over the first, points"] = "{:+.1f} [{:+.1f}, {:+.1f}]".format(
-                        *value
-                    )
-                    if len(shared) < len(found):
-                        row[f"{label} over the first, points"] += f" (n = {len(shared)})"
-            row["forwards a completion"] = (
-                f"{sum(c['forwards'].iloc[-1] for c in curves.values()) / len(curves):.0f}"
-            )
-            rows.append(
-                row
-                | {
-                    "update s": f"{sum(c['seconds'].iloc[-1] for c in curves.values()) / len(curves):.0f}"
-                }
-            )
-        if len(finals) > 1:
-            value = stratified_bootstrap(finals, generator=generator(0, name, "all"))
-            row = {
-                "arm": name,
-                "task": "all",
-                "seeds": sum(map(len, finals)),
-                "final, %": f"{value[0]:.1f}",
-            }
-            if min(map(len, finals)) > 1:
-                row["final, bootstrap"] = "[{1:.1f}, {2:.1f}]".format(*value)
+    rows = []
+    first: dict[str, SeedCurves] = {}
+    for name, paths in variants.items():
+        tasks = seed_curves(paths)
+        for runs in tasks:
+            row = _rates(name, runs)
+            if first.setdefault(runs.task, runs) is not runs:
+                row |= _differences(runs, first[runs.task])
+            row[FORWARDS] = f"{runs.cost('forwards'):.0f}"
+            row["update s"] = f"{runs.cost('seconds'):.0f}"
             rows.append(row)
+        if len(tasks) > 1:
+            rows.append(_all_tasks(name, tasks))
     return pd.DataFrame(rows).fillna("")
 
 
-def _interval(values: list[float], problems: int = 0) -> str:
-    """The mean in % with its Student interval over seeds; of one seed, with Wilson's over the
-    problems if they are counted.
-    """
-    if len(values) > 1:
-        return "{:.1f} [{:.1f}, {:.1f}]".format(*mean_interval(values))
-    if not problems:
-        return f"{values[0]:.1f}"
-    low, high = wilson(round(values[0] * problems / 100), problems)
-    return f"{values[0]:.1f} [{100 * low:.1f}, {100 * high:.1f}] (Wilson)"
+def _rates(name: str, runs: SeedCurves) -> dict[str, str | int]:
+    """What one variant learned on one task."""
+    before = list(runs.before.values())
+    final = list(runs.final.values())
+    mean = list(runs.mean.values())
+    row: dict[str, str | int] = {
+        "variant": name,
+        "task": runs.task,
+        "seeds": len(final),
+        "each seed": " ".join(f"{rate:.1f}" for rate in final),
+        "before, %": f"{sum(before) / len(before):.1f}",
+    }
+    if len(final) > 1:
+        drawn = stratified_bootstrap([final], generator=generator(0, name, runs.task))
+        row["final, %"] = interval(*mean_interval(final))
+        row["final, bootstrap"] = bounds(*drawn[1:])
+        row["mean over evaluations, %"] = interval(*mean_interval(mean))
+    else:
+        row["final, %"] = f"{interval(*_wilson(final[0], runs.problems))} (Wilson)"
+        row["mean over evaluations, %"] = f"{mean[0]:.1f}"
+    return row
 
 
-def response(arms: dict[str, list[Path]]) -> tuple[str, pd.DataFrame] | None:
-    """(parameter, a row an arm: its value, mean final rate in %, low, high) if the arms differ in
-    just one number, else None.
-    """
-    configs = [read_json(paths[0] / "config.json") for paths in arms.values()]
-    varies = (
-        [
-            k
-            for k in configs[0]
-            if len({repr(config.get(k)) for config in configs}) > 1 and k != "seed"
-        ]
-        if configs
-        else []
-    )
-    if (
-        len(varies) != 1
-        or len(arms) < 3
-        or not all(isinstance(config[varies[0]], int | float) for config in configs)
+def _differences(runs: SeedCurves, first: SeedCurves) -> dict[str, str]:
+    """Points above the first variant over the seeds that both have, which must be 2 at least."""
+    seeds = [seed for seed in runs.curves if seed in first.curves]
+    if len(seeds) < 2:
+        return {}
+    pairs = f" (n = {len(seeds)})" if len(seeds) < len(runs.curves) else ""
+    row = {}
+    for label, ours, theirs in (
+        ("final", runs.final, first.final),
+        ("mean", runs.mean, first.mean),
     ):
+        difference = mean_interval([ours[seed] - theirs[seed] for seed in seeds])
+        row[f"{label} {OVER_FIRST}"] = interval(*difference, sign="+") + pairs
+    return row
+
+
+def _all_tasks(name: str, tasks: Sequence[SeedCurves]) -> dict[str, str | int]:
+    """The mean over tasks of a variant's final rates."""
+    finals = [list(runs.final.values()) for runs in tasks]
+    drawn = stratified_bootstrap(finals, generator=generator(0, name, "all"))
+    row: dict[str, str | int] = {
+        "variant": name,
+        "task": "all",
+        "seeds": sum(map(len, finals)),
+        "final, %": f"{drawn[0]:.1f}",
+    }
+    if min(map(len, finals)) > 1:
+        row["final, bootstrap"] = bounds(*drawn[1:])
+    return row
+
+
+def response(variants: dict[str, list[Path]]) -> tuple[str, pd.DataFrame] | None:
+    """How the final rate depends on the one number in which variants differ, else None.
+
+    (parameter, one row per variant: its value, mean final rate in %, low, high, seeds).
+    """
+    configs = [flat(read_json(paths[0] / "config.json")) for paths in variants.values()]
+    names = varying(configs, without=("seed",))
+    if len(names) != 1 or len(variants) < 3:
+        return None
+    values = [config.get(names[0]) for config in configs]
+    if not all(isinstance(value, int | float) for value in values):
         return None
     rows = []
-    for config, paths in zip(configs, arms.values()):
-        finals = [100 * arm_curve(path)["rate"].iloc[-1] for path in paths]
-        rate, problems = finals[0] / 100, config["eval_problems"]
-        interval = (
-            mean_interval(finals)
-            if len(finals) > 1
-            else (100 * x for x in (rate, *wilson(round(rate * problems), problems)))
-        )
-        rows.append((config[varies[0]], *interval, len(finals)))
-    return varies[0], pd.DataFrame(
-        rows, columns=["value", "rate", "low", "high", "seeds"]
-    ).sort_values("value")
+    for value, config, paths in zip(values, configs, variants.values()):
+        finals = [100 * evaluation_curve(path)["rate"].iloc[-1] for path in paths]
+        if len(finals) > 1:
+            rate = mean_interval(finals)
+        else:
+            rate = _wilson(finals[0], config["eval_problems"])
+        rows.append((value, *rate, len(finals)))
+    frame = pd.DataFrame(rows, columns=["value", "rate", "low", "high", "seeds"])
+    return names[0], frame.sort_values("value")
+
+
+def interval(mean: float, low: float, high: float, sign: str = "") -> str:
+    """A number with its interval, `60.0 [31.3, 83.2]`; sign "+" writes a plus too."""
+    return f"{mean:{sign}.1f} {bounds(low, high, sign)}"
+
+
+def bounds(low: float, high: float, sign: str = "") -> str:
+    """An interval alone, `[31.3, 83.2]`."""
+    return f"[{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def _wilson(rate: float, problems: int) -> tuple[float, float, float]:
+    """(rate, low, high) in % of one run's rate over its problems."""
+    low, high = wilson(round(rate * problems / 100), problems)
+    return rate, 100 * low, 100 * high

@@ -2,17 +2,27 @@
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import submitit
 
 from rspo_lab.runs.run import RunError
+from rspo_lab.sweeps.resources import Resources
+from rspo_lab.sweeps.study import Point
+
+DAY = 60 * 24  # minutes
 
 
 @dataclass(frozen=True)
 class NotebookJob:
-    """A call runs the notebook of a point; (exit code, message)."""
+    """A call runs the notebook of a point; (exit code, message).
+
+    submitit pickles it by the name of its class: a job that waits in a queue while this class moves
+    ends with a ModuleNotFoundError in its log, and its sweep called again submits it anew.
+    """
 
     notebook: str
     given: dict[str, Any]
@@ -26,17 +36,18 @@ class NotebookJob:
         from rspo_lab.runs.notebook import run_notebook
 
         try:
-            report = lambda line: print(line, flush=True)  # noqa: E731
             outcome = run_notebook(
                 Path(self.notebook),
                 self.given,
                 runs=Path(self.root),
                 name=self.name,
                 timeout=self.timeout,
-                report=report,
+                report=partial(print, flush=True),
             )
-        except (OSError, RuntimeError, ValueError, RunError) as error:
-            return (2 if isinstance(error, ValueError | RunError) else 1), str(error)
+        except (ValueError, RunError) as error:
+            return 2, str(error)
+        except (OSError, RuntimeError) as error:
+            return 1, str(error)
         return outcome.code, outcome.message
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -44,9 +55,10 @@ class NotebookJob:
         return submitit.helpers.DelayedSubmission(self)
 
 
-class Here:
-    """A job of the debug cluster: run in this process as soon as it is made (submitit's own would
-    start a debugger).
+class InProcess:
+    """A job of the debug cluster: it has run in this process as soon as it is made.
+
+    submitit's own debug jobs would start a debugger.
     """
 
     def __init__(self, job: NotebookJob) -> None:
@@ -62,5 +74,25 @@ class Here:
     def done(self) -> bool:
         return True
 
+    def cancel(self) -> None:
+        """Nothing is left to end."""
+
     def result(self) -> tuple[int, str]:
         return self.value
+
+
+def job_of(point: Point, root: Path, on: Resources, environment: dict[str, str]) -> NotebookJob:
+    """The job of a point; Slurm ends its own jobs, elsewhere the notebook's wrapper does."""
+    limit = 60 * on.timeout_min if on.timeout_min and on.cluster != "slurm" else None
+    return NotebookJob(str(point.notebook), point.given, str(root), point.name, limit, environment)
+
+
+def executor(root: Path, on: Resources) -> submitit.Executor:
+    """submitit's, with its files in `root`/.jobs."""
+    if on.cluster == "slurm":
+        slurm = submitit.SlurmExecutor(root / ".jobs")
+        slurm.update_parameters(time=ceil(on.timeout_min or DAY))
+        return slurm
+    local = submitit.LocalExecutor(root / ".jobs")
+    local.update_parameters(timeout_min=365 * DAY)  # its default would end jobs after 2 minutes
+    return local

@@ -1,5 +1,6 @@
-"""Tables of runs: a sweep's points while it runs (on a terminal redrawn in place, elsewhere a line
-for what changed), and any folder's.
+"""How runs stand, as text: the points of a sweep while it runs, and a table of any folder's runs.
+
+A sweep is redrawn in place on a terminal; elsewhere there is one line per change.
 """
 
 import json
@@ -12,39 +13,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rspo_lab.runs.files import read_json
+from rspo_lab.runs.parameters import distinguishing, flat, varying
 from rspo_lab.runs.run import alive
 from rspo_lab.sweeps.study import Point
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-EVERY = 5.0  # seconds between the progress lines of a point where there is no terminal
-REDRAW = 0.5  # seconds between drawings on one
+EVERY_S = 5.0  # seconds between the progress lines of a point where there is no terminal
+REDRAW_S = 0.5  # seconds between drawings on one
+QUIET = ("done", "waiting", "queued")  # states that a small terminal leaves out
 
 
-class Board:
+class SweepProgress:
     """States and progress of points, as their folders tell them or as `note`d by who runs them."""
 
-    def __init__(self, points: list[Point], said: Callable[[str], None]) -> None:
-        self.points, self.said = points, said
-        self.noted: dict[Path, tuple[str, str]] = {}
-        self.live = said is print and sys.stdout.isatty()
-        self.lines = 0  # drawn last, to be overwritten
-        self.drawn = 0.0
-        self.told: dict[Path, tuple[str, float]] = {}  # what was last said of a point, and when
-        named: dict[str, list[dict]] = {}
-        for point in points:
-            named.setdefault(point.name, []).append(point.given)
-        self.varies: dict[str, list[str]] = {}  # by name, the parameters in which its points differ
-        for name, alike in named.items():
-            differ = [
-                k
-                for k in dict.fromkeys(k for given in alike for k in given)
-                if len({repr(given.get(k)) for given in alike}) > 1
-            ]
-            self.varies[name] = [
-                k for k in differ if k != "trained" or len(named) == 1
-            ]  # a long path
+    def __init__(self, points: list[Point], say: Callable[[str], None]) -> None:
+        self.points = points
+        self.say = say
+        self.noted: dict[Path, tuple[str, str]] = {}  # (state, remark)
+        self.live = say is print and sys.stdout.isatty()
+        self._lines = 0  # drawn last, to be overwritten
+        self._drawn = 0.0  # when
+        self._said: dict[Path, tuple[str, float]] = {}  # what was last said of a point, and when
+        self._shown = distinguishing([(point.name, point.given) for point in points])
 
     def state(self, point: Point) -> str:
         """waiting, queued, running, done, failed, stopped or dead."""
@@ -60,93 +52,90 @@ class Board:
         return self.state(point)
 
     def label(self, point: Point) -> str:
-        """The point's name with the parameters that vary."""
-        return " ".join(
-            [
-                point.name,
-                *(
-                    f"{name}={point.given[name]}"
-                    for name in self.varies[point.name]
-                    if name in point.given
-                ),
-            ]
-        )
+        """The point's name with the parameters that tell it from others of that name."""
+        given = flat(point.given)
+        shown = [f"{name}={given[name]}" for name in self._shown[point.name] if name in given]
+        return " ".join([point.name, *shown])
 
     def show(self) -> None:
-        """Draw what changed."""
+        """Draw, or say what changed."""
         if self.live:
-            if time.monotonic() - self.drawn >= REDRAW:
+            if time.monotonic() - self._drawn >= REDRAW_S:
                 self._draw()
             return
         done = sum(self.state(point) == "done" for point in self.points)
         for point in self.points:
             state, remark = self._status(point)
-            text, now = f"{state}  {remark}".rstrip(), time.monotonic()
-            before, when = self.told.get(point.path, (None, 0.0))
-            if before is None and state in ("done", "waiting"):  # from the start
-                self.told[point.path] = (text, now)
-            elif text != before and (
-                state != "running"
-                or now - when >= EVERY
-                or not (before or "").startswith("running")
-            ):
-                self.told[point.path] = (text, now)
-                self.said(f"[{done}/{len(self.points)}] {self.label(point)}: {text}")
+            text = f"{state}  {remark}".rstrip()
+            if self._is_news(point, state, text):
+                self.say(f"[{done}/{len(self.points)}] {self.label(point)}: {text}")
 
     def close(self) -> None:
         """The last drawing stays."""
-        self.drawn = 0.0
+        self._drawn = 0.0
         self.show()
 
+    def _is_news(self, point: Point, state: str, text: str) -> bool:
+        """Whether to say `text` of a point: at most every EVERY_S seconds while it runs."""
+        now = time.monotonic()
+        before, when = self._said.get(point.path, (None, 0.0))
+        if before is None and state in ("done", "waiting"):  # from the start
+            self._said[point.path] = (text, now)
+            return False
+        keeps_running = state == "running" and (before or "").startswith("running")
+        if text == before or (keeps_running and now - when < EVERY_S):
+            return False
+        self._said[point.path] = (text, now)
+        return True
+
     def _status(self, point: Point) -> tuple[str, str]:
+        """(state, remark) of a point, as noted or else as its folder says."""
         status = read_json(point.path / "status.json")
+        state = status.get("state", "waiting")
         noted, remark = self.noted.get(point.path, ("", ""))
         progress = status.get("progress")
-        ahead = (
-            f"{progress['done']}/{progress['total']} {progress['note']}".rstrip()
-            if progress
-            else ""
-        )
-        if noted and not (noted == "running" and status.get("state") == "done"):
-            return noted, remark or (
-                ahead if noted == "running" and status.get("state") == "running" else ""
-            )
-        state = status.get("state", "waiting")
+        reached = ""
+        if progress:
+            reached = f"{progress['done']}/{progress['total']} {progress['note']}".rstrip()
+        if noted and not (noted == "running" and state == "done"):
+            return noted, remark or (reached if noted == state == "running" else "")
         if state == "running" and not alive(point.path):
             state = "dead"
-        return state, status["error"][
-            "message"
-        ] if "error" in status and state == "failed" else ahead
+        if state == "failed" and "error" in status:
+            return state, status["error"]["message"]
+        return state, reached
 
     def _draw(self) -> None:
         size = shutil.get_terminal_size()
-        rows = [(self.label(point), *self._status(point)) for point in self.points]
-        counts = Counter(state for _, state, _ in rows)
-        head = ", ".join(f"{n} {state}" for state, n in counts.items())
-        moving = [row for row in rows if row[1] not in ("done", "waiting", "queued")]
-        shown = rows if len(rows) + 2 <= size.lines else moving[: max(size.lines - 2, 0)]
-        width = max(
-            min(max((len(row[0]) for row in shown), default=0), size.columns - 10), 1
-        )  # the state is always seen
-        lines = [
-            f"{label:{width}.{width}}  {state:7}  {' '.join(remark.split())}"
-            for label, state, remark in shown
-        ] + [head]
-        lines = [line[: size.columns - 1] for line in lines]
-        up = f"\x1b[{self.lines}F" if self.lines else ""
+        lines = [line[: size.columns - 1] for line in self._table(size.columns, size.lines)]
+        up = f"\x1b[{self._lines}F" if self._lines else ""
         sys.stdout.write(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[0J")
         sys.stdout.flush()
-        self.lines, self.drawn = len(lines), time.monotonic()
+        self._lines = len(lines)
+        self._drawn = time.monotonic()
+
+    def _table(self, columns: int, lines: int) -> list[str]:
+        """One line per point and their counts; on a low terminal only points that are not QUIET."""
+        rows = [(self.label(point), *self._status(point)) for point in self.points]
+        counts = Counter(state for _, state, _ in rows)
+        if len(rows) + 2 > lines:
+            rows = [row for row in rows if row[1] not in QUIET][: max(lines - 2, 0)]
+        widest = max((len(label) for label, _, _ in rows), default=0)
+        width = max(min(widest, columns - 10), 1)  # the state is always seen
+        table = [
+            f"{label:{width}.{width}}  {state:7}  {' '.join(remark.split())}"
+            for label, state, remark in rows
+        ]
+        return [*table, ", ".join(f"{n} {state}" for state, n in counts.items())]
 
 
 def table(frame: "DataFrame") -> str:
-    """Runs (of `runs.load_runs`) as columns of text: the parameters shown are those that differ
-    between runs of one name.
-    """
+    """Runs (of `load_runs`) in columns, with the parameters in which runs of one name differ."""
     own = ["name", "key", "state", "progress"]
     params = [column for column in frame if column not in [*own, "error", "path"]]
-    vary = [p for p in params if frame[p].map(repr).groupby(frame["name"]).nunique().max() > 1]
-    columns = [*own, *vary, "error"]
+    named = [part[params].to_dict("records") for _, part in frame.groupby("name")]
+    differing = {name for runs in named for name in varying(runs)}
+    columns = [*own, *(name for name in params if name in differing), "error"]
     rows = [columns, *([_cell(row[column]) for column in columns] for _, row in frame.iterrows())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     return "\n".join(

@@ -1,7 +1,6 @@
-"""What is to be run: the points of a study's file or of a grid over one notebook, each with its
-folder and its cost.
+"""What is to be run: the points of a study's file, or of a grid over one notebook.
 
-A point is one notebook run.  A minute is one of a slot: a CPU core, or a GPU.
+A point is one notebook run with its folder and its cost.  Minutes are of a slot: a CPU core or GPU.
 """
 
 import itertools
@@ -13,15 +12,7 @@ from typing import Any
 
 import yaml
 
-from rspo_lab.runs.parameters import (
-    Parameter,
-    ParameterError,
-    check,
-    coerce,
-    complete,
-    declared,
-    unknown,
-)
+from rspo_lab.runs.parameters import ParameterError, complete, declared, settle
 from rspo_lab.runs.run import run_path
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -44,9 +35,7 @@ class _Sheet(yaml.SafeLoader):
 
 @dataclass(frozen=True)
 class Point:
-    """One run: its folder, the notebook, and the parameters that differ from the notebook's
-    defaults.
-    """
+    """One run: its folder, the notebook, and the parameters that it is given."""
 
     name: str
     notebook: Path
@@ -71,8 +60,9 @@ class Study:
         ]
 
     def cost(self, slots: int, left: Sequence[Point]) -> tuple[float, float] | None:
-        """(minutes of slots, minutes on the clock with so many slots) of the points left; None if
-        one has no estimate.
+        """(minutes of slots, minutes on the clock) of the points left on so many slots.
+
+        None if one of them has no estimate.
         """
         if any(point.minutes is None for point in left):
             return None
@@ -88,14 +78,13 @@ class Study:
 
 
 def read_study(file: Path, root: Path, scale: str = "cpu") -> Study:
-    """The points of a YAML file, whose folders are in `root`.
+    """The points of a YAML file, with their folders in `root`.
 
     `title: text` and `runs: {name: {notebook: file.ipynb, parameters: {...}, grid: {seed: [0, 1]},
-    minutes: {cpu: 3, gpu: 9},
-    gpu: {...}}}`: a point a combination of the grid's values; `gpu` holds what changes at that
-    scale; a parameter "@name" is the folder of the first point of the run of that name.
-    ValueError, naming the run, for anything else and for parameters that the notebook does not
-    take.
+    minutes: {cpu: 3, gpu: 9}, gpu: {...}}}`: one point per combination of the grid's values; `gpu`
+    holds what changes at that scale.  A parameter "@name" is the folder of the first point of the
+    run of that name.  A file of plugins is relative to the study's folder.
+    ValueError, naming the run: anything else, or parameters that the notebook does not take.
     """
     try:
         sheet = yaml.load(file.read_text(encoding="utf-8"), _Sheet)
@@ -109,12 +98,11 @@ def read_study(file: Path, root: Path, scale: str = "cpu") -> Study:
     ):
         raise ValueError(f"{file}: a study is `title: text` and `runs:` with a name for every run")
     points: list[Point] = []
-    for name, run in sheet["runs"].items():
+    for name, entry in sheet["runs"].items():
+        above = {point.name: point for point in reversed(points)}
         try:
-            points += _points(
-                str(name), run, {point.name: point for point in reversed(points)}, root, scale
-            )
-        except ValueError as error:
+            points += _Run(str(name), entry, file.resolve().parent).points(above, root, scale)
+        except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{file}: run {name!r}: {error}") from None
     return Study(str(sheet["title"]), sorted(points, key=lambda point: point.wave))
 
@@ -122,120 +110,132 @@ def read_study(file: Path, root: Path, scale: str = "cpu") -> Study:
 def grid_study(
     notebook: Path, fixed: Mapping[str, Any], grid: Mapping[str, list], root: Path
 ) -> Study:
-    """A point a combination of the grid's values, for one notebook."""
-    return Study(
-        f"{notebook.stem} over {', '.join(grid)}",
-        _combine(notebook.stem, notebook, fixed, grid, root),
-    )
+    """One point per combination of the grid's values, for one notebook; texts are typed."""
+    points = _combine(notebook.stem, notebook, fixed, grid, root, Path.cwd())
+    return Study(f"{notebook.stem} over {', '.join(grid)}", points)
 
 
-def grid_values(notebook: Path, words: Sequence[str]) -> dict[str, list]:
-    """{parameter: values} of NAME=VALUE,VALUE words, typed as the notebook declares; commas inside
-    brackets or quotes do not part.
-    """
-    parameters, grid = declared(notebook), {}
+def grid_values(words: Sequence[str]) -> dict[str, list[str]]:
+    """{parameter: texts} of NAME=VALUE,VALUE words; commas in brackets or quotes do not part."""
+    grid: dict[str, list[str]] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or not text:
             raise ParameterError(f"--grid takes NAME=VALUE,VALUE, not {word!r}")
-        if name not in parameters:
-            raise unknown(name, parameters)
         if name in grid:
             raise ParameterError(
                 f"the grid names {name} twice: write --grid {name}=VALUE,VALUE once"
             )
-        grid[name] = [_value(parameters[name], part.strip()) for part in _parted(text)]
+        grid[name] = [_unquoted(part.strip()) for part in _parted(text)]
     return grid
 
 
-def _value(parameter: Parameter, text: str) -> Any:
-    """`coerce`, but of a text in quotes what is inside."""
-    quoted = (
-        len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]
-    )
-    return check(parameter, text[1:-1]) if quoted else coerce(parameter, text)
+def _unquoted(text: str) -> str:
+    """A text without the quotes around the whole of it."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    return text[1:-1] if quoted and text[0] not in text[1:-1] else text
 
 
-def _points(name: str, run: Any, above: Mapping[str, Point], root: Path, scale: str) -> list[Point]:
-    """The points of one entry of a study's file; `above` holds the first point of each run that it
-    may name.
-    """
-    if not isinstance(run, dict) or not {"notebook"} <= set(run) <= _KEYS:
-        odd = [str(key) for key in run if key not in _KEYS] if isinstance(run, dict) else []
+class _Run:
+    """One entry of a study's file."""
+
+    def __init__(self, name: str, entry: Any, folder: Path) -> None:
+        _check_entry(entry)
+        self.name = name
+        self.folder = folder
+        self.notebook = NOTEBOOKS / str(entry["notebook"])
+        if not self.notebook.is_file():
+            raise ValueError(f"there is no notebook {entry['notebook']!r} in {NOTEBOOKS}")
+        self.parameters: dict[str, Any] = entry.get("parameters") or {}
+        self.grid: dict[str, list] = entry.get("grid") or {}
+        self.gpu: dict[str, Any] = entry.get("gpu") or {}
+        self.minutes: dict[str, Any] = entry.get("minutes") or {}
+        self._check_names()
+        self._check_grid()
+        self._check_minutes()
+
+    def points(self, above: Mapping[str, Point], root: Path, scale: str) -> list[Point]:
+        """Its points; `above` has the first point of each run that it may name."""
+        given = dict(self.parameters | (self.gpu if scale == "gpu" else {}))
+        needed = []
+        for parameter, value in given.items():
+            if _names_a_run(value):
+                if value[1:] not in above:
+                    raise ValueError(f"{value} names no run above it")
+                needed.append(above[value[1:]])
+                # from where its kernel runs, so that moved runs keep their keys
+                given[parameter] = os.path.relpath(needed[-1].path, self.notebook.parent)
+        return _combine(
+            self.name,
+            self.notebook,
+            given,
+            self.grid,
+            root,
+            self.folder,
+            needs=tuple(point.path for point in needed),
+            wave=max((point.wave + 1 for point in needed), default=0),
+            minutes=self.minutes.get(scale),
+        )
+
+    def _check_names(self) -> None:
+        for key in (*self.parameters, *self.grid, *self.gpu):
+            if not isinstance(key, str):
+                raise ValueError(
+                    f"{key!r} is no parameter's name "
+                    "(YAML reads on, off, yes and no as true and false)"
+                )
+
+    def _check_grid(self) -> None:
+        for parameter, values in self.grid.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"grid: {parameter} needs a list of values")
+            if any(_names_a_run(value) for value in values):
+                raise ValueError(
+                    "grid: only `parameters` can name a run by @: write an entry for each"
+                )
+
+    def _check_minutes(self) -> None:
+        for scale, value in self.minutes.items():
+            if scale not in SCALES:
+                raise ValueError(f"minutes are of {' and '.join(SCALES)}, not of {scale!r}")
+            if type(value) not in (int, float) or not value >= 0:
+                raise ValueError(f"minutes are a number from 0 on, not {value!r}")
+
+
+def _check_entry(entry: Any) -> None:
+    """ValueError unless an entry is a mapping of a study's keys to mappings."""
+    if not isinstance(entry, dict) or not {"notebook"} <= set(entry) <= _KEYS:
+        odd = [str(key) for key in entry if key not in _KEYS] if isinstance(entry, dict) else []
         raise ValueError(
             f"it takes {', '.join(sorted(_KEYS))}, and a notebook at least"
             + (f"; not {', '.join(odd)}" if odd else "")
         )
-    notebook = NOTEBOOKS / str(run["notebook"])
-    if not notebook.is_file():
-        raise ValueError(f"there is no notebook {run['notebook']!r} in {NOTEBOOKS}")
-    parts = {key: run.get(key) or {} for key in _KEYS - {"notebook"}}
-    for key, part in parts.items():
-        if not isinstance(part, dict):
-            raise ValueError(f"{key} must be a mapping, not {part!r}")
-    if odd := [
-        parameter
-        for parameter, values in parts["grid"].items()
-        if not isinstance(values, list) or not values
-    ]:
-        raise ValueError(f"grid: {odd[0]} needs a list of values")
-    if odd := [
-        key
-        for part in ("parameters", "grid", "gpu")
-        for key in parts[part]
-        if not isinstance(key, str)
-    ]:
-        raise ValueError(
-            f"{odd[0]!r} is no parameter's name (YAML reads on, off, yes and no as true and false)"
-        )
-    if any(
-        isinstance(value, str) and value.startswith("@")
-        for values in parts["grid"].values()
-        for value in values
-    ):
-        raise ValueError("grid: only `parameters` can name a run by @: write an entry for each")
-    if odd := [
-        value
-        for value in parts["minutes"].values()
-        if type(value) not in (int, float) or not value >= 0
-    ]:
-        raise ValueError(f"minutes are a number from 0 on, not {odd[0]!r}")
-    if unheard := sorted(set(parts["minutes"]) - set(SCALES)):
-        raise ValueError(f"minutes are of {' and '.join(SCALES)}, not of {unheard[0]!r}")
-    given, needed = dict(parts["parameters"] | (parts["gpu"] if scale == "gpu" else {})), []
-    for parameter, value in given.items():
-        if isinstance(value, str) and value.startswith("@"):
-            if value[1:] not in above:
-                raise ValueError(f"{value} names no run above it")
-            needed.append(above[value[1:]])
-            given[parameter] = os.path.relpath(
-                needed[-1].path, notebook.parent
-            )  # where its kernel runs; so moved runs keep their keys
-    wave = max((point.wave + 1 for point in needed), default=0)
-    needs = tuple(point.path for point in needed)
-    return _combine(
-        name,
-        notebook,
-        given,
-        parts["grid"],
-        root,
-        needs=needs,
-        wave=wave,
-        minutes=parts["minutes"].get(scale),
-    )
+    for key in entry.keys() - {"notebook"}:
+        if not isinstance(entry[key] or {}, dict):
+            raise ValueError(f"{key} must be a mapping, not {entry[key]!r}")
 
 
-def _combine(name, notebook, fixed, grid, root, **others) -> list[Point]:
-    """A point a combination; all parameters are checked."""
+def _names_a_run(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("@")
+
+
+def _combine(
+    name: str,
+    notebook: Path,
+    fixed: Mapping[str, Any],
+    grid: Mapping[str, list],
+    root: Path,
+    folder: Path,
+    **others: Any,
+) -> list[Point]:
+    """One point per combination, all parameters checked; plugins are relative to `folder`."""
     if both := sorted(set(fixed) & set(grid)):
         raise ParameterError(f"{both[0]} is given and in the grid: keep one")
-    parameters, points = declared(notebook), []
+    parameters = declared(notebook)
+    points: list[Point] = []
     for values in itertools.product(*grid.values()):
-        given = {**fixed, **dict(zip(grid, values))}  # numbers such as 3e-4 are text to YAML
-        given = {
-            k: coerce(parameters[k], v) if isinstance(v, str) and k in parameters else v
-            for k, v in given.items()
-        }
+        # typed there, for numbers such as 3e-4 are text to YAML
+        given = settle(parameters, {**fixed, **dict(zip(grid, values))}, folder)
         path = run_path(notebook, complete(parameters, given), root, name)
         if path not in [point.path for point in points]:
             points.append(Point(name, notebook, given, path, **others))

@@ -1,0 +1,92 @@
+"""Where the points of a sweep run: how many side by side, on which GPUs, for how long."""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CLUSTERS = ("local", "slurm", "debug")
+SLURM_SLOTS = 64  # array tasks side by side where neither --jobs nor --gpus says how many
+
+
+@dataclass(frozen=True)
+class Resources:
+    """`slots` points side by side, each with one of `gpus` (its id) if there are any.
+
+    timeout_min: minutes per point; on Slurm per allocation, after which the point is requeued, at
+    most 3 times.  slurm: options of sbatch, True for one without a value.
+    """
+
+    cluster: str = "local"
+    slots: int = 1
+    gpus: tuple[str, ...] = ()
+    timeout_min: float | None = None
+    slurm: tuple[tuple[str, str | bool], ...] = ()
+
+
+def resources(
+    cluster: str,
+    *,
+    jobs: int | None = None,
+    gpus: int | None = None,
+    timeout_min: float | None = None,
+    slurm: Sequence[str] = (),
+) -> Resources:
+    """Resources as the command line names them: `jobs` points side by side, or one per GPU.
+
+    Local GPUs are those of CUDA_VISIBLE_DEVICES, else 0, 1, ...  ValueError if they cannot be had.
+    """
+    if cluster not in CLUSTERS:
+        raise ValueError(f"the cluster is one of {', '.join(CLUSTERS)}, not {cluster!r}")
+    if jobs is not None and gpus is not None:
+        raise ValueError("--jobs counts CPU cores, --gpus counts GPUs: give one of them")
+    if any(number is not None and number < 1 for number in (jobs, gpus)):
+        raise ValueError("--jobs and --gpus must be at least 1")
+    if timeout_min is not None and timeout_min <= 0:
+        raise ValueError(f"--timeout must be more than 0 minutes, not {timeout_min:g}")
+    if slurm and cluster != "slurm":
+        raise ValueError("--slurm goes with --cluster slurm")
+    return Resources(
+        cluster,
+        _slots(cluster, gpus or jobs),
+        _gpu_ids(cluster, gpus or 0),
+        timeout_min,
+        tuple(_sbatch_option(word) for word in slurm),
+    )
+
+
+def _slots(cluster: str, asked: int | None) -> int:
+    if cluster == "debug":
+        return 1
+    return asked or (os.cpu_count() or 1 if cluster == "local" else SLURM_SLOTS)
+
+
+def _gpu_ids(cluster: str, gpus: int) -> tuple[str, ...]:
+    """The ids of so many GPUs; those of this machine must be there."""
+    if not gpus or cluster != "local":
+        return tuple(map(str, range(gpus)))
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        ids = [str(i) for i in range(_local_gpus())]
+    else:
+        ids = [name for name in named.split(",") if name]
+    if len(ids) < gpus:
+        raise ValueError(f"--gpus {gpus}: this machine shows {len(ids)}")
+    return tuple(ids[:gpus])
+
+
+def _sbatch_option(word: str) -> tuple[str, str | bool]:
+    """KEY=VALUE, or KEY alone, as sbatch names it."""
+    key, equals, value = word.partition("=")
+    if not key or key.startswith("-"):
+        raise ValueError(f"--slurm takes KEY=VALUE (or KEY) of sbatch's --KEY=VALUE, not {word!r}")
+    return key.replace("_", "-"), value if equals else True
+
+
+def _local_gpus() -> int:
+    """What nvidia-smi counts; 0 where there is none."""
+    try:
+        said = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return 0
+    return len(said.stdout.splitlines()) if said.returncode == 0 else 0
