@@ -205,7 +205,7 @@ def test_a_methods_own_hyperparameters_are_listed_and_given_by_name(monkeypatch,
     sweep = ["sweep", "notebooks/demo.ipynb", "--grid", "clip=0.1,0.2", "--cluster", "debug"]
     assert main([*sweep, "-p", "objective", "espo"]) == 0
     said = capsys.readouterr().out
-    assert "demo clip=0.1: done" in said and "hyper" not in said
+    assert "demo clip=0.2: done" in said and "hyper=" not in said
     frame = load_runs("runs").set_index("clip")
     assert sorted(frame.index) == [0.1, 0.2, 0.3] and set(frame["objective"]) == {"espo"}
     given = read_json(Path(frame.loc[0.3, "path"]) / "params.json")

@@ -26,7 +26,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 figure = Figure(figsize=(2, 1))
 run.figure("demo", figure, pd.DataFrame({"x": [1]}))
-run.results(pd.DataFrame({"python": [sys.executable], "cwd": [os.getcwd()], "headless": [os.environ["RSPO_LAB_HEADLESS"]], "lam": [lam]}))
+headless = os.environ["RSPO_LAB_HEADLESS"]
+seen = {"python": sys.executable, "cwd": os.getcwd(), "headless": headless, "lam": lam}
+run.results(pd.DataFrame([seen]))
 os.write(2, b"said by C")
 for i in range(2):
     run.progress(i, 2, "reward 0.5"); time.sleep(0.3)
@@ -83,8 +85,11 @@ def test_a_folder_that_cannot_be_made_is_refused(folder):
 def test_a_directory_in_use_by_a_live_process_is_refused(folder):
     notebook = make(folder)
     path = run_path(notebook, complete(declared(notebook), {}), runs_root(notebook))
-    opened = f"r.open_run(pathlib.Path({str(path)!r}), json.loads(input())); print('open', flush=True); input()"
-    code = f"import json, pathlib, rspo_lab.runs.run as r; {opened}"
+    code = (
+        "import json, pathlib, rspo_lab.runs.run as r; "
+        f"r.open_run(pathlib.Path({str(path)!r}), json.loads(input())); "
+        "print('open', flush=True); input()"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -174,7 +179,9 @@ def test_an_error_after_finish_is_not_success(folder):
 
 
 def test_a_killed_kernel_is_seen_and_a_second_try_completes(folder):
-    die_once = "import os, pathlib\nif not pathlib.Path('marker').exists():\n    pathlib.Path('marker').touch(); os.kill(os.getpid(), 9)"
+    die_once = """import os, pathlib
+if not pathlib.Path('marker').exists():
+    pathlib.Path('marker').touch(); os.kill(os.getpid(), 9)"""
     notebook = make(folder, die_once, "run.finish()")
     outcome = execute(notebook)
     assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == (
@@ -229,7 +236,10 @@ def test_an_interrupt_ends_the_kernel_and_is_recorded(folder, number, code):
 def test_a_kernel_that_does_not_start_is_tried_once_more(folder, monkeypatch):
     tries = folder / "tries"
     tries.touch()
-    code = "import os\nif os.path.getsize({0!r}) < {1}:\n    open({0!r}, 'a').write('x')\n    os._exit(1)"
+    code = """import os
+if os.path.getsize({0!r}) < {1}:
+    open({0!r}, 'a').write('x')
+    os._exit(1)"""
     (folder / "sitecustomize.py").write_text(
         code.format(str(tries), 3)
     )  # the first three starts fail

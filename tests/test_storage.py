@@ -71,9 +71,7 @@ def may_mount() -> bool:
 
 @pytest.mark.skipif(not may_mount(), reason="no unprivileged mounts here, so no small disk to fill")
 def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
-    """Training that runs out of disk says so; with room it goes on from its checkpoint to the
-    records of an undisturbed run.
-    """
+    """Training says so; with room it goes on from its checkpoint to an undisturbed run's records."""
     (tmp_path / "disk").mkdir()
     command = ["unshare", "-rm", "bash", "-c", FULL, "bash", str(tmp_path / "disk"), *TRAIN]
     said = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
@@ -163,8 +161,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from rspo_lab.runs.notebook import run_notebook
+notebook, runs = map(Path, sys.argv[1:])
 def one(i):
-    return run_notebook(Path(sys.argv[1]), {"steps": i}, runs=Path(sys.argv[2]), report=lambda line: None)
+    return run_notebook(notebook, {"steps": i}, runs=runs, report=lambda line: None)
 with ThreadPoolExecutor(100) as pool:
     print([outcome.message for outcome in pool.map(one, range(100)) if outcome.code])
 """

@@ -145,9 +145,7 @@ def written(folder: Path, config: dict, *rates: float) -> Path:
 
 
 def test_comparison_table_by_hand(tmp_path):
-    """Two variants of two seeds: final rates 60, 80 and 70, 100; the paired difference is 15 +- 12.706
-    * 5.
-    """
+    """Two seeds each: final rates 60, 80 and 70, 100; their paired difference is 15 +- 12.706 * 5."""
     found = {
         arm: [
             written(tmp_path / f"{arm}{seed}", {"seed": seed}, 0.5, final)
@@ -183,9 +181,7 @@ def test_one_seed_has_the_interval_of_its_problems_and_tasks_are_strata(tmp_path
 
 
 def finished_run(root: Path, name: str, params: dict, *rates: float) -> Path:
-    """A training run in a folder of runs that says it is done; its batches were all skipped, so
-    there is no d.
-    """
+    """A training run that says it is done; its batches were all skipped, so there is no d."""
     folder = written(root / name, params, *rates)
     (folder / "metrics.jsonl").write_text(
         (folder / "metrics.jsonl").read_text().replace(', "d_mean": 0.0', "")
@@ -198,9 +194,7 @@ def finished_run(root: Path, name: str, params: dict, *rates: float) -> Path:
 
 
 def test_a_page_over_runs_that_do_not_match(tmp_path):
-    """Of before and after a parameter was added, of unequal length, of 192 problems none of which
-    is solved, without any d.
-    """
+    """Before and after a parameter was added, of unequal length, none solved, without any d."""
     finished_run(tmp_path, "t/a", {"new": 1, "seed": 3, "eval_problems": 192}, 0.0, 0.0)
     finished_run(tmp_path, "t/b", {"seed": 4, "eval_problems": 64}, 0.5, 1.0, 1.0)
     finished_run(tmp_path, "50% more #2/c", {"seed": 4}, 0.5, 0.6)
@@ -270,8 +264,9 @@ def test_response_is_of_one_number(tmp_path):
 
 
 def test_stratified_bootstrap_against_all_redraws_and_its_coverage():
-    """Two strata of two: the 16 redraws can be listed.  With 5 normal seeds it covers the mean less
-    often than it says.
+    """Two strata of two: the 16 redraws can be listed.
+
+    With 5 normal seeds it covers the mean less often than it says.
     """
     strata = [[0.0, 1.0], [0.0, 10.0]]
     every = [(a + b) / 4 for a in (0, 1, 1, 2) for b in (0, 10, 10, 20)]
@@ -354,9 +349,7 @@ def test_keys_do_not_depend_on_where_the_project_lies(tmp_path, monkeypatch):
 
 
 def test_one_measurement_of_two_policies_is_two(finished, tmp_path):
-    """They differ in nothing but the folder that they measured, as after a change of the run above;
-    and in two sweeps of one root.
-    """
+    """They differ in nothing but the folder that they measured, and are in two sweeps of one root."""
     late = finished[1][-1].path
     for folder, trained in (("s/m/a", "x"), ("s/m/b", "y"), ("r/m/a", "x")):
         (tmp_path / folder).mkdir(parents=True)
@@ -369,9 +362,7 @@ def test_one_measurement_of_two_policies_is_two(finished, tmp_path):
 
 
 def test_a_page_without_common_views_or_with_seeds_of_a_measurement(finished, tmp_path):
-    """Two seeds of one measurement, and one at other views: the page is written, with the tables
-    and without that figure.
-    """
+    """Two seeds of one measurement and one at other views: the tables, without that figure."""
     late = finished[1][-1].path
     results = pd.read_parquet(late / "results.parquet")
     for i, (name, seed, views) in enumerate(
@@ -433,9 +424,7 @@ def test_second_call_skips_and_says_so(finished, capsys):
 
 
 def test_a_report_tells_of_a_sweep_that_is_under_way(finished, tmp_path):
-    """Of three points one is done, one died and one has not begun: all are listed, with the
-    parameter that differs.
-    """
+    """One point is done, one died, one has not begun: all are listed, with what differs."""
     done = finished[1][0].path
     params = read_json(done / "params.json")
     listed = [

@@ -83,9 +83,7 @@ def test_equal_points_are_run_once(notebook, tmp_path):
 
 
 def test_cost_of_waves_on_slots(tmp_path):
-    """Three points of 4, 2 and 2 minutes on two slots take 4 on the clock; a second wave of one
-    adds its own.
-    """
+    """Points of 4, 2 and 2 minutes on two slots take 4 on the clock; a second wave adds its own."""
     kinds = [(0, 4), (0, 2), (0, 2), (1, 3)]
     points = [
         Point(str(i), tmp_path, {}, tmp_path / str(i), wave=w, minutes=m)
@@ -108,9 +106,7 @@ def test_cost_of_waves_on_slots(tmp_path):
 def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(
     notebook, tmp_path, capfd
 ):
-    """12 points on 2 slots; the first kernel that gets going and then the sweep itself are killed;
-    the second call ends the rest.
-    """
+    """Of 12 points on 2 slots; the first kernel that gets going is killed, then the sweep itself."""
     words = [
         "sweep",
         str(notebook),
@@ -426,9 +422,7 @@ echo "Submitted batch job $n"
 
 
 def test_slurm_arrays_are_submitted_in_order_and_not_twice(notebook, tmp_path, monkeypatch):
-    """The commands stand in for Slurm (`make test-slurm` has a real one): options, dependency, and
-    no second submission.
-    """
+    """Options, dependency, no second submission; scripts stand in for Slurm's commands."""
     bin_, control = tmp_path / "bin", tmp_path / "control"
     for folder in (bin_, control):
         folder.mkdir()
