@@ -71,7 +71,7 @@ def may_mount() -> bool:
 
 @pytest.mark.skipif(not may_mount(), reason="no unprivileged mounts here, so no small disk to fill")
 def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
-    """Training says so; with room it goes on from its checkpoint to an undisturbed run's records."""
+    """Training says so; with room it goes on from its checkpoint to the undisturbed records."""
     (tmp_path / "disk").mkdir()
     command = ["unshare", "-rm", "bash", "-c", FULL, "bash", str(tmp_path / "disk"), *TRAIN]
     said = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)

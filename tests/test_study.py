@@ -145,7 +145,7 @@ def written(folder: Path, config: dict, *rates: float) -> Path:
 
 
 def test_comparison_table_by_hand(tmp_path):
-    """Two seeds each: final rates 60, 80 and 70, 100; their paired difference is 15 +- 12.706 * 5."""
+    """Two seeds: final rates 60, 80 and 70, 100; their paired difference is 15 +- 12.706 * 5."""
     found = {
         arm: [
             written(tmp_path / f"{arm}{seed}", {"seed": seed}, 0.5, final)
@@ -349,7 +349,7 @@ def test_keys_do_not_depend_on_where_the_project_lies(tmp_path, monkeypatch):
 
 
 def test_one_measurement_of_two_policies_is_two(finished, tmp_path):
-    """They differ in nothing but the folder that they measured, and are in two sweeps of one root."""
+    """They differ only in the folder that they measured, and are in two sweeps of one root."""
     late = finished[1][-1].path
     for folder, trained in (("s/m/a", "x"), ("s/m/b", "y"), ("r/m/a", "x")):
         (tmp_path / folder).mkdir(parents=True)

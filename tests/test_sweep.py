@@ -106,7 +106,7 @@ def test_cost_of_waves_on_slots(tmp_path):
 def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(
     notebook, tmp_path, capfd
 ):
-    """Of 12 points on 2 slots; the first kernel that gets going is killed, then the sweep itself."""
+    """12 points on 2 slots: the first kernel that gets going is killed, then the sweep itself."""
     words = [
         "sweep",
         str(notebook),
