@@ -286,7 +286,7 @@ def _texts(given: Sequence[str]) -> dict[str, str]:
 def _list(parameters: Mapping[str, Parameter], values: Mapping[str, Any]) -> int:
     """Print parameters with these values in place of defaults, and the objective's own below."""
     own = chosen_hyperparameters(parameters, values)
-    hyper = values.get("hyper", {})
+    hyper = values.get("hyper") or {}
     shown = [
         dataclasses.replace(p, default=values.get(p.name, p.default)) for p in parameters.values()
     ]

@@ -240,13 +240,19 @@ def test_own_hyperparameters_are_keyword_arguments_with_a_literal_default(tmp_pa
     found = own_hyperparameters("espo", [ours])
     group = "of objective espo"
     assert found["clip"] == Parameter("clip", "float", 0.2, "of the ratio", group)
-    assert check(found["kind"], "k3") == "k3" and found["centre"].annotation == "bool"
+    assert check(found["kind"], "k3") == check(Parameter("k", "typing.Literal['k3']", ""), "k3")
+    assert found["centre"].annotation == "bool"
     assert list(found) == ["clip", "kind", "centre", "scale"]
     with pytest.raises(ParameterError, match="given 'k4', expected Literal"):
         check(found["kind"], "k4")
     assert own_hyperparameters("espo", [ours, mine])["clip"].default == 0.3  # the last one
     assert list(own_hyperparameters("mine", [ours, mine])) == ["depth"]
     assert own_hyperparameters("nothing", [ours, mine]) == {}
+    # what is shared need not even be of a type that crosses
+    ours.write_text("Kind = Literal['a']\ndef f(e, *, x: Tensor = 0, kind: Kind = 'a'): ...")
+    assert list(own_hyperparameters("f", [ours], shared=["x"])) == ["kind"]
+    with pytest.raises(ParameterError, match="x = 0 is not Tensor"):
+        own_hyperparameters("f", [ours])
     ours.write_text("def espo(evidence, *, state: int = 1): ...")
     with pytest.raises(ParameterError, match="objectives.py: state is reserved"):
         own_hyperparameters("espo", [ours])
@@ -332,6 +338,8 @@ def test_what_varies_between_runs():
     assert varying(runs[:2], without=("seed",)) == ["clip"] and varying([]) == []
     assert flat(runs[0]) == {"lam": 0.1, "seed": 0, "same": [1], "clip": 0.1}
     assert flat({"hyper": "a word"}) == {"hyper": "a word"}
+    assert flat({"lam": 1, "hyper": None}) == {"lam": 1}
+    assert varying([{"hyper": None}, {"hyper": {"clip": 0.1}}]) == ["clip"]
 
 
 def test_runs_of_one_name_are_told_apart_by_what_they_measure_only_if_by_nothing_else():

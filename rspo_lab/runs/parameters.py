@@ -13,7 +13,7 @@ import io
 import json
 import math
 import tokenize
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,13 @@ def declared_fields(file: Path, config: str) -> dict[str, Parameter]:
     return parameters
 
 
-def own_hyperparameters(objective: str, files: Sequence[Path]) -> dict[str, Parameter]:
+def own_hyperparameters(
+    objective: str, files: Sequence[Path], shared: Collection[str] = ()
+) -> dict[str, Parameter]:
     """A method's own hyperparameters: its function's keyword-only arguments with a literal default.
 
-    The function is the last of that name at the top of one of the `files`; {} if there is none.
+    Those named like one of `shared` are not its own.  The function is the last of that name at the
+    top of one of the `files`; {} if there is none.
     """
     own: dict[str, Parameter] = {}
     for file in files:
@@ -109,7 +112,8 @@ def own_hyperparameters(objective: str, files: Sequence[Path]) -> dict[str, Para
         for node in source.body:
             if isinstance(node, ast.FunctionDef) and node.name == objective:
                 group = f"of objective {objective}"
-                own = {p.name: p for p in _keyword_arguments(source, node.args, group)}
+                arguments = _keyword_arguments(source, node.args, group, shared)
+                own = {parameter.name: parameter for parameter in arguments}
     return own
 
 
@@ -128,8 +132,7 @@ def chosen_hyperparameters(
     if not isinstance(objective, str) or not isinstance(plugins, str):
         return {}  # whoever types the values says what is wrong
     files = [OBJECTIVES, *([_plugins_file(plugins, folder)] if plugins else [])]
-    own = own_hyperparameters(objective, files)
-    return {name: parameter for name, parameter in own.items() if name not in parameters}
+    return own_hyperparameters(objective, files, shared=parameters)
 
 
 def settle(
@@ -153,7 +156,7 @@ def settle(
     if values.get("plugins"):
         values["plugins"] = str(_plugins_file(values["plugins"], folder))
     if hyper or ("objective" in parameters and values.get("hyper")):
-        values["hyper"] = _merged(own, values.get("hyper", {}), hyper)
+        values["hyper"] = _merged(own, values.get("hyper") or {}, hyper)
     return values
 
 
@@ -224,9 +227,9 @@ def listing(parameters: Iterable[Parameter]) -> str:
 def flat(params: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a run with those in `hyper`, its method's own, as parameters of their own."""
     hyper = params.get("hyper")
-    if not isinstance(hyper, dict):
+    if not isinstance(hyper, dict | None):
         return dict(params)
-    return {name: value for name, value in params.items() if name != "hyper"} | hyper
+    return {name: value for name, value in params.items() if name != "hyper"} | (hyper or {})
 
 
 def varying(runs: Sequence[Mapping[str, Any]], without: Sequence[str] = ()) -> list[str]:
@@ -289,6 +292,14 @@ class _Source:
         titles = [said for row, said in self._titles.items() if after < row < node.lineno]
         return titles[-1] if titles else ""
 
+    def meant(self, annotation: str) -> str:
+        """An annotation, or what it is short for (`Scope = Literal["batch", "none"]`)."""
+        for statement in self.body:
+            match statement:
+                case ast.Assign(targets=[ast.Name(id=name)], value=value) if name == annotation:
+                    return ast.unparse(value)
+        return annotation
+
     def typed(self, name: str, annotation: str, default: Any) -> tuple[str, Any]:
         """(annotation, default) of a parameter; without an annotation the default's type."""
         try:
@@ -332,20 +343,21 @@ def _assignments(source: _Source) -> Iterator[Parameter]:
 
 
 def _keyword_arguments(
-    source: _Source, arguments: ast.arguments, group: str
+    source: _Source, arguments: ast.arguments, group: str, shared: Collection[str]
 ) -> Iterator[Parameter]:
-    """One Parameter per keyword-only argument with a literal default."""
+    """One Parameter per keyword-only argument with a literal default that is not `shared`."""
     for argument, value in zip(arguments.kwonlyargs, arguments.kw_defaults):
+        name = argument.arg
+        if value is None or name in shared:
+            continue
         try:
-            default = ast.literal_eval(value) if value else dataclasses.MISSING
+            default = ast.literal_eval(value)
         except (TypeError, ValueError):
             continue
-        if default is dataclasses.MISSING:
-            continue
-        source.reserve(argument.arg)
+        source.reserve(name)
         annotation = ast.unparse(argument.annotation) if argument.annotation else ""
-        annotation, default = source.typed(argument.arg, annotation, default)
-        yield Parameter(argument.arg, annotation, default, source.meaning(value), group)
+        annotation, default = source.typed(name, source.meant(annotation), default)
+        yield Parameter(name, annotation, default, source.meaning(value), group)
 
 
 def _field_default(value: ast.expr | None) -> Any:
@@ -364,7 +376,7 @@ def _field_default(value: ast.expr | None) -> Any:
 
 def _plugins_file(text: str, folder: Path | None) -> Path:
     """The full path of a file of plugins, or FileNotFoundError."""
-    file = ((folder or Path.cwd()) / text).resolve()
+    file = ((folder or Path.cwd()) / Path(text).expanduser()).resolve()
     if not file.is_file():
         raise FileNotFoundError(f"no file of plugins at {file}")
     return file
@@ -433,7 +445,9 @@ def _fit(node: ast.expr, value: Any) -> Any:
             return float(value)
         case ast.Name(id=name) if name in _TYPES and type(value) is _TYPES[name]:
             return value
-        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
+        case ast.Subscript(
+            value=ast.Name(id="Literal") | ast.Attribute(attr="Literal"), slice=choices
+        ):
             options = ast.literal_eval(choices)
             if value in (options if isinstance(options, tuple) else (options,)):
                 return value
