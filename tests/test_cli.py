@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from throwaway import make
 
-from rspo_lab import cli
+from rspo_lab import cli, config
 from rspo_lab.cli import main
-from rspo_lab.config import TrainConfig as RealConfig
 from rspo_lab.runs import parameters
 from rspo_lab.runs import run as runs_module
 from rspo_lab.runs.files import read_json
@@ -87,9 +86,9 @@ def training(monkeypatch):
             raise RuntimeError("loss is\nnot finite")
 
     module = types.ModuleType("rspo_lab.training")
-    module.TrainConfig = TrainConfig
     module.train = train
     monkeypatch.setattr(cli, "CONFIG", Path(__file__))
+    monkeypatch.setattr(config, "TrainConfig", TrainConfig)
     monkeypatch.setattr(TrainConfig, "device", "cpu", raising=False)
     monkeypatch.setitem(sys.modules, "rspo_lab.training", module)
 
@@ -281,7 +280,7 @@ def test_train_lists_its_options(capsys, training):
 
 def test_the_real_training_options_are_those_of_the_class_and_cross():
     found = parameters.declared_fields(cli.CONFIG, "TrainConfig")
-    fields = dataclasses.fields(RealConfig)
+    fields = dataclasses.fields(config.TrainConfig)
     assert list(found) == [field.name for field in fields]
     assert [name for name, p in found.items() if p.required] == ["model", "task"]
     for field in fields:
