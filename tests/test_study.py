@@ -99,7 +99,7 @@ def test_a_study_file_ends_in_one_page_and_one_table(finished):
     assert set(results.loc[results["design"] == "one_step", "views"]) == {
         1
     }  # two views of it are refused, and left out
-    table = pd.read_csv(root / "figures/comparison.csv").set_index("variant")
+    table = pd.read_csv(root / "figures/cost.csv").set_index("variant")
     assert list(table.index) == ["rspo", "raw advantage"] and (table["seeds"] == 2).all()
     training = pd.read_parquet(root / "training.parquet")
     assert (

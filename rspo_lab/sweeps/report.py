@@ -40,7 +40,7 @@ CAPTIONS = {
     "profile": "Noise of one view of d by how many tokens it hides.",
     "learning": "Left: greedy held-out solve rate, mean over seeds; bars: 95 % Student over seeds, "
     "of a single seed Wilson over the problems. Right: mean of d on policy.",
-    "comparison": "Held-out solve rate against steps, scoring forwards per completion (of all "
+    "cost": "Held-out solve rate against steps, scoring forwards per completion (of all "
     "models; a backward counts as two) and seconds of updates; mean over seeds, 95 % Student.",
     "response": "Final held-out solve rate; bars: 95 % Student over seeds, of a single seed Wilson "
     "over the problems.",
@@ -206,25 +206,27 @@ def _learning(root: Path, entries: Sequence[Entry]) -> list[str]:
     parts = ["<h2>Learning</h2>", f"<p>{NOTE}</p>", page.table(table.rename(columns=SHORT))]
     if len(set(table["task"])) > 1:
         return parts
-    parts.append(_learning_curves(root, variants))
+    problems = {
+        name: read_json(paths[0] / "config.json")["eval_problems"]
+        for name, paths in variants.items()
+    }
+    parts.append(_learning_curves(root, variants, problems))
     if len(variants) > 1:
         curves = {name: [evaluation_curve(p) for p in paths] for name, paths in variants.items()}
-        parts.append(_saved(root, "comparison", plots.arms_figure(curves), table))
+        parts.append(_saved(root, "cost", plots.arms_figure(curves), table))
     if dependence := response(variants):
         name, rates = dependence
         parts.append(_saved(root, "response", plots.response_figure(name, rates), rates))
     return parts
 
 
-def _learning_curves(root: Path, variants: dict[str, list[Path]]) -> str:
+def _learning_curves(root: Path, variants: dict[str, list[Path]], problems: dict[str, int]) -> str:
     """The figure of every step of the training runs of one task."""
     records: dict[str, list[pd.DataFrame]] = {}
-    problems: dict[str, int] = {}
     labelled = []
     for name, paths in variants.items():
         records[name] = [pd.DataFrame(read_jsonl(path / "metrics.jsonl")) for path in paths]
         configs = [read_json(path / "config.json") for path in paths]
-        problems[name] = configs[0]["eval_problems"]
         labelled += [
             frame.assign(variant=name, seed=config["seed"])
             for frame, config in zip(records[name], configs)
