@@ -58,7 +58,7 @@ class Run:
         }
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        """Say how far the run is; at most one write a second, and always the last."""
+        """Say how far the run is; at most one write per second, and always the last."""
         self._status |= {
             "state": "running",
             "progress": {"done": done, "total": total, "note": note},
