@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import sys
 from pathlib import Path
 
 from rspo_lab.masks.designs import DESIGNS
@@ -43,7 +44,9 @@ def _run(path: Path) -> dict[str, list[str]]:
     try:
         spec = importlib.util.spec_from_file_location(f"plugins_{path.stem}", path)
         assert spec is not None
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # as an import does: the file itself may be a task
+        spec.loader.exec_module(module)
         for table, entries in TABLES.items():
             if replaced := [n for n, entry in before[table].items() if entries.get(n) is not entry]:
                 raise ValueError(f"{table} has {replaced[0]!r} already: choose another name")
