@@ -47,7 +47,7 @@ def test_extensions_are_short(text):
 
 @pytest.fixture
 def mine(tmp_path):
-    """The README's extensions as one file of plugins, loaded; the test leaves the tables as before."""
+    """The README's extensions as one file of plugins, loaded; the tables are restored after."""
     before = {table: dict(entries) for table, entries in TABLES.items()}
     file = tmp_path / "mine.py"
     file.write_text("\n\n".join(EXTENSIONS))
