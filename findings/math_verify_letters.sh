@@ -3,6 +3,14 @@
 #
 # `1+2t` is read as 3 and so equals it, while `1+2x` does not; `2t+1` keeps its t.  `204_5` and
 # `204_6`, numbers in base 5 and 6, are both read as 204 and so equal each other.
+#
+# Seen on Python 3.11:
+#        3 and 1+2t   equal
+#        3 and 1+2x   not equal
+#        3 and 2t+1   not equal
+#    204_5 and 204_6  equal
+#    204_5 and 204    equal
+#       54 and 204_5  not equal
 set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT

@@ -3,6 +3,11 @@
 #
 # `inspect_notebook` leaves it out, and a value given for it is warned of as unknown, though it is
 # then injected and used.  `int` and `list[int]` beside it are seen.
+#
+# Seen on Python 3.11:
+#   inspect_notebook finds: sizes, steps
+#   warned: Passed unknown parameter: seed
+#   the notebook printed: 5 [2, 4] 7
 set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT

@@ -3,6 +3,11 @@
 #
 # Item i of a data set is drawn from seed + i.  So item i + 1 of seed 0 is item i of seed 1, and a
 # held-out set made with the next seed is, but for one problem, the training set.
+#
+# Seen on Python 3.11:
+#   chain_sum: seeds 0 and 1 share 99 of 100 problems
+#   countdown: seeds 0 and 1 share 99 of 100 problems
+#   mini_sudoku: seeds 0 and 1 share 99 of 100 problems
 set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT

@@ -4,6 +4,11 @@
 # `LlamaModel.forward` renamed `past_key_values` to `cache`.  The old name still works, and gives a
 # FutureWarning whose file is torch/nn/modules/module.py, for a module is called through torch's
 # __call__.  So a filter for transformers, or for the module that made the call, does not see it.
+#
+# Seen on Python 3.11:
+#   torch/nn/modules/module.py: `past_key_values` is deprecated and will be removed in version
+#       5.40.0 for `LlamaModel.forward`. Use `cache` instead.
+#   filters for transformers and for the caller's module: silent
 set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
