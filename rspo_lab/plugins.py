@@ -51,6 +51,7 @@ def _run(path: Path) -> dict[str, list[str]]:
             if replaced := [n for n, entry in before[table].items() if entries.get(n) is not entry]:
                 raise ValueError(f"{table} has {replaced[0]!r} already: choose another name")
     except Exception as error:
+        sys.modules.pop(f"plugins_{path.stem}", None)
         for table, entries in TABLES.items():
             entries.clear()
             entries.update(before[table])
