@@ -21,7 +21,7 @@ from typing import Any
 
 # jsonschema's optional check of IRIs, which no notebook needs, builds a grammar as it is imported:
 # 2.5 of 3.3 seconds
-sys.modules.setdefault("rfc3987_syntax", None)
+sys.modules.setdefault("rfc3987_syntax", None)  # pyright: ignore[reportArgumentType]
 import papermill  # noqa: E402
 from jupyter_client.kernelspec import KernelSpecManager  # noqa: E402
 from jupyter_client.manager import AsyncKernelManager  # noqa: E402

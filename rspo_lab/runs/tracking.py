@@ -24,7 +24,7 @@ def tracking(config, path: Path) -> Iterator[Callable[[dict], None]]:
         yield lambda record: None
         return
     try:
-        import trackio  # noqa: F401
+        import trackio  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RuntimeError(
             f"{VARIABLE} is set and trackio is not there: pip install -e .[track], or unset it"

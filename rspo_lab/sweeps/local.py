@@ -131,7 +131,8 @@ def note_end(point: Point, job: Job, progress: SweepProgress) -> None:
     except Exception as error:  # submitit's, of a process that died or could not load the job
         code = 1
         last_line = str(error).strip().splitlines()[-1]
-        message = f"the job's process died: {last_line}; its log: {job.paths.stderr}"
+        log = job.paths.stderr  # pyright: ignore[reportAttributeAccessIssue]
+        message = f"the job's process died: {last_line}; its log: {log}"
     state = progress.forget(point)
     if code and state not in ("done", "failed", "stopped"):  # done: by another sweep
         progress.note(point, "failed", message)

@@ -71,8 +71,9 @@ class Study:
             free = [0.0] * slots
             for point in wave:
                 if point in left:
-                    total += point.minutes
-                    free[free.index(min(free))] += point.minutes
+                    minutes = point.minutes or 0.0
+                    total += minutes
+                    free[free.index(min(free))] += minutes
             clock += max(free)
         return total, clock
 
