@@ -12,17 +12,13 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 
 LORA_TARGETS = {
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "d1": [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "up_proj",
-    ],  # the four of d1's seven names that exist in LLaDA's blocks
+    # the four of d1's seven names that exist in LLaDA's blocks
+    "d1": ["q_proj", "k_proj", "v_proj", "up_proj"],
 }
 
 
 def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: int) -> None:
-    """Put trainable low-rank adapters (no dropout) on the matrices of a preset and freeze the rest.
+    """Puts trainable low-rank adapters (no dropout) on a preset's matrices and freezes the rest.
 
     Raises ValueError for an unknown preset and for a target that names no matrix of this model.
     """
