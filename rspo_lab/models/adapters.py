@@ -1,6 +1,7 @@
 """Low-rank adapters on a diffusion model."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,10 @@ def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: 
             f"LoRA targets {absent} name no matrix of this model; it has {sorted(names)}"
         )
     lora = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS[preset]
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=0.0,
+        target_modules=LORA_TARGETS[preset],
     )
     with torch.random.fork_rng(devices=[]):  # peft initialises from the global generator
         torch.default_generator.manual_seed(seed)
@@ -46,6 +50,7 @@ def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: 
 
 def multiply_in_base_precision(model: DiffusionLM) -> DiffusionLM:
     """The model, whose adapters leave the precision of their products to `precision`."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "lora_A"):
             module.cast_input_dtype_enabled = False

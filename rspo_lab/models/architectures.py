@@ -70,7 +70,7 @@ class _Bidirectional:
 
     def __post_init__(self, **kwargs):
         kwargs.pop("auto_map", None)  # names Python files that a saved folder would not hold
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         self.is_causal = False
         self.use_cache = False
 

@@ -5,6 +5,8 @@ Approximate: they belong to the tokens that stood in the block when they were co
 Shapes: B sequences of S tokens, h heads, D width of a head.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -16,6 +18,7 @@ class BlockCache(DynamicCache):
     (Fast-dLLM, arXiv:2505.22618)
     """
 
+    layers: Any  # each with its keys and values
     frozen = False
 
     def freeze(self, start: int, stop: int) -> None:

@@ -3,10 +3,15 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as hf_logging
 
 from rspo_lab.models.adapters import multiply_in_base_precision
@@ -63,7 +68,7 @@ def _load_adapters(folder: Path, device: str, dtype: torch.dtype, attention: str
 
 def _read_weights(
     name: str | Path, config: PreTrainedConfig, dtype: torch.dtype, attention: str
-) -> nn.Module:
+) -> PreTrainedModel:
     """The network of a folder or hub name; ValueError unless its tensors are exactly those named in
     the checkpoint, in safetensors.
     """
@@ -72,7 +77,7 @@ def _read_weights(
             f"no safetensors in {name}: pickled weights (.bin) can run code and are not read; "
             "save them as safetensors"
         )
-    hf, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         name,
         config=config,
         dtype=dtype,
@@ -82,6 +87,7 @@ def _read_weights(
         trust_remote_code=False,
         ignore_mismatched_sizes=True,  # they are reported, and refused with the others below
     )
+    hf, report = loaded
     wrong = {
         kind: sorted(map(str, report[kind]))[:3]
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -137,7 +143,7 @@ def untrained(
 
     ffn: width of the gated layer; positions: the longest sequence.
     """
-    device = torch.device(_device(device))
+    place = torch.device(_device(device))
     config = LladaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -147,18 +153,18 @@ def untrained(
         num_key_value_heads=heads,
         max_position_embeddings=positions,
         tie_word_embeddings=False,
-        mask_token_id=tokenizer.mask_token_id,
+        mask_token_id=tokenizer.mask_token_id,  # pyright: ignore[reportCallIssue]
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    on_gpu = device.type == "cuda"
+    on_gpu = place.type == "cuda"
     # transformers initialises from the global generator, which is put back afterwards
-    with torch.random.fork_rng(devices=[device] if on_gpu else []), device:
+    with torch.random.fork_rng(devices=[place] if on_gpu else []), place:
         (torch.cuda if on_gpu else torch.default_generator).manual_seed(seed)
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     _assert_bidirectional(hf, "the untrained model")
-    return DiffusionLM(hf.eval(), tokenizer).to(device)
+    return DiffusionLM(hf.eval(), tokenizer).to(place)
 
 
 def _device(name: str) -> str:
@@ -170,7 +176,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _assert_bidirectional(hf: nn.Module, name: str) -> None:
+def _assert_bidirectional(hf: PreTrainedModel, name: str) -> None:
     """Raises unless the last token changes what the model says about the first."""
     ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=hf.device)
     with torch.no_grad():

@@ -65,16 +65,12 @@ def _set_special_token(
     """
     own_id = getattr(tokenizer, f"{role}_token_id")
     config_id = getattr(config, f"{role}_token_id", None)
-    if own_id is None and config_id is None:
-        raise ValueError(
-            f"{name} names no {role} token: set {role}_token_id in config.json "
-            f"or {role}_token in tokenizer_config.json"
-        )
-    if role == "mask" and None not in (own_id, config_id) and own_id != config_id:
-        raise ValueError(
-            f"{name} has two mask tokens: id {own_id} in the tokenizer, {config_id} in config.json"
-        )
     if own_id is None:
+        if config_id is None:
+            raise ValueError(
+                f"{name} names no {role} token: set {role}_token_id in config.json "
+                f"or {role}_token in tokenizer_config.json"
+            )
         token = tokenizer.convert_ids_to_tokens(config_id)
         if token is None:
             raise ValueError(
@@ -82,3 +78,7 @@ def _set_special_token(
                 "which is no token of its tokenizer"
             )
         setattr(tokenizer, f"{role}_token", token)
+    elif role == "mask" and config_id not in (None, own_id):
+        raise ValueError(
+            f"{name} has two mask tokens: id {own_id} in the tokenizer, {config_id} in config.json"
+        )
