@@ -1,5 +1,4 @@
-"""Advantages of the completions of one prompt against each other; the only file that knows the
-group axis.
+"""Advantages of the completions of one prompt against each other.
 
 Shapes: B = prompts x `group` completions, group-major: rows g*group .. (g+1)*group - 1 answer
 prompt g.
@@ -16,8 +15,7 @@ def mean_centred(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]
 
 
 def standardized(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]:
-    """Mean-centred over the unbiased standard deviation of the group; exactly 0 where all rewards
-    of a group agree.
+    """Mean-centred over the group's unbiased standard deviation; 0 where all its rewards agree.
 
     (GRPO, arXiv:2402.03300, without its epsilon: the degenerate case is a case, not a small
     divisor)
@@ -30,8 +28,9 @@ def standardized(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]
 
 
 def leave_one_out(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]:
-    """Reward minus the mean of the group's other rewards, an unbiased baseline.  (RLOO,
-    arXiv:2402.14740)
+    """Reward minus the mean of the group's other rewards, an unbiased baseline.
+
+    (RLOO, arXiv:2402.14740)
     """
     return mean_centred(reward, group) * (group / (group - 1))
 
@@ -56,9 +55,11 @@ ADVANTAGES = {
 }
 
 
-def _grouped(reward, group):
+def _grouped(reward: Float[Tensor, " B"], group: int) -> Float[Tensor, "P group"]:
+    """One row per prompt; ValueError where the rewards do not form groups."""
     if group < 2 or len(reward) % group:
         raise ValueError(
-            f"{len(reward)} rewards do not form groups of {group} (a group needs at least 2 completions)"
+            f"{len(reward)} rewards do not form groups of {group} "
+            "(a group needs at least 2 completions)"
         )
     return reward.reshape(-1, group)

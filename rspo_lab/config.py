@@ -10,11 +10,11 @@ import torch
 
 from rspo_lab.advantages import ADVANTAGES
 from rspo_lab.masks.designs import design as design_named
-from rspo_lab.models.kv_cache import KINDS
 from rspo_lab.models.loading import find
 from rspo_lab.objectives import METHODS, Method
 from rspo_lab.plugins import load_plugins
 from rspo_lab.runs.parameters import Parameter, check
+from rspo_lab.schedule import CACHES
 from rspo_lab.tasks import task as task_named
 from rspo_lab.tasks.verdict import in_words
 
@@ -25,7 +25,7 @@ CHOICES = {
     "score_unit": ("sequence", "token"),
     "zero_variance": ("keep", "skip"),
     "lora": ("none", "all-linear", "d1"),
-    "cache": KINDS,
+    "cache": CACHES,
     "style": ("compact", "d1"),
     "dtype": ("float32", "bfloat16"),
 }

@@ -29,11 +29,11 @@ def complete(
     generator: torch.Generator,
     cache: str = "none",
 ) -> tuple[Batch, Rollout]:
-    """One completion an example, as the batch that estimators score and with how it was decoded.
+    """One completion per example: the batch that estimators score, and how it was decoded.
 
     In compact style decoding starts from the task's canvas, and only the tokens written are scored;
-    else from all masks.
-    cache: which keys and values are held while a block is decoded, of `held.KINDS`.
+    else it starts from all masks.  A length, block or number of steps of 0: the canvas's length.
+    cache: one of `schedule.CACHES`.
     """
     prompt, prompt_valid = model.encode(prompts(model, task, examples, style))
     if style == "compact":
@@ -51,51 +51,53 @@ def complete(
         temperature=temperature,
         threshold=threshold,
         generator=generator,
-        hold=partial(model.hold, suffix=cache == "dual") if cache != "none" else None,
+        cached_logits=partial(model.cached_logits, suffix=cache == "dual")
+        if cache != "none"
+        else None,
         world=model.world,
     )
-    valid = valid_until_end(rollout.completion, model.tokenizer.eos_token_id) & (
-        canvas == model.mask_id
-    )
+    written = canvas == model.mask_id
+    valid = valid_until_end(rollout.completion, model.tokenizer.eos_token_id) & written
     return Batch(prompt, prompt_valid, rollout.completion, valid), rollout
 
 
 def prompts(model: DiffusionLM, task: Task, examples: list, style: str) -> list[str]:
-    """What the model reads: in words, the message in the tokenizer's chat template (if it has one)
-    and the style's prefill.
+    """What the model reads, one text per example.
+
+    In words it is the message in the tokenizer's chat template, if it has one, and the style's
+    prefill.
     """
-    read = [task.prompt(e, style) for e in examples]
+    messages = [task.prompt(e, style) for e in examples]
     if style != "compact" and model.tokenizer.chat_template:
-        turns = [[{"role": "user", "content": text}] for text in read]
-        read = [
-            model.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            for turn in turns
-        ]
-    return [text + PREFILL[style] for text in read]
+        template = partial(
+            model.tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False
+        )
+        messages = [template([{"role": "user", "content": message}]) for message in messages]
+    return [message + PREFILL[style] for message in messages]
 
 
 def texts(model: DiffusionLM, completion: torch.Tensor, style: str) -> list[str]:
-    """Completions as text: compact ones up to the end of text, those in words with its token, which
-    d1's Sudoku scorer looks for.
+    """Completions as text, up to the end of text.
+
+    Those in words end with its token, which d1's Sudoku scorer looks for.
     """
-    decoded, end = model.decode(completion), model.tokenizer.eos_token_id
-    ended = (completion == end).any(1).tolist() if style != "compact" else [False] * len(decoded)
+    decoded = model.decode(completion)
+    if style == "compact":
+        return decoded
+    ended = (completion == model.tokenizer.eos_token_id).any(1).tolist()
     return [text + model.tokenizer.eos_token if e else text for text, e in zip(decoded, ended)]
 
 
 def rewards(
     model: DiffusionLM, task: Task, examples: list, completion: torch.Tensor, *, style: str
 ) -> list[float]:
-    """Strict rewards of completions, one an example.  Of several processes the first judges: a
-    limit of time may be met in one only.
+    """Strict rewards of completions, one per example.
+
+    Of several processes the first judges: a time limit may be met in one only.
     """
+    reward = partial(task.reward, protocol="strict", style=style)
     decoded = model.decode(completion)
-    return model.world.first(
-        lambda: [
-            task.reward(text, e, protocol="strict", style=style)
-            for text, e in zip(decoded, examples)
-        ]
-    )
+    return model.world.first(lambda: [reward(text, e) for text, e in zip(decoded, examples)])
 
 
 def solve_rate(
@@ -109,10 +111,11 @@ def solve_rate(
     block: int = 0,
     steps: int = 0,
 ) -> float:
-    """Share of problems solved with one greedy completion each, one token a step in one block
-    unless said otherwise.
+    """Share of problems solved with one greedy completion each.
+
+    A length, block or number of steps of 0 is as in `complete`: one token per step, in one block.
     """
-    solved = []
+    solved = 0
     for start in range(0, len(examples), 256):
         part = examples[start : start + 256]
         batch, _ = complete(
@@ -127,7 +130,5 @@ def solve_rate(
             threshold=1.0,
             generator=generator(seed, "evaluate", start),
         )
-        solved += [
-            reward == 1 for reward in rewards(model, task, part, batch.completion, style=style)
-        ]
-    return sum(solved) / len(solved)
+        solved += rewards(model, task, part, batch.completion, style=style).count(1)
+    return solved / len(examples)

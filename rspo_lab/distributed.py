@@ -1,9 +1,9 @@
-"""The processes of one training run: one alone, or those that `accelerate launch` or torchrun
-started, each on its device.
+"""The processes of one training run: one alone, or those that a launcher started on each device.
 
-All of them hold the same rollouts, masks and records and decide alike; what they share out is the
-forwards.  n rows go to the processes in equal runs, the last row repeated where they do not come
-out even, so that all do equally many forwards (FSDP2 needs that).
+The launcher is `accelerate launch` or torchrun.  All processes have the same rollouts, masks and
+records and decide alike; what they share out is the forwards.  n rows go to the processes in equal
+runs, the last row repeated where they do not come out even, so that all do equally many forwards
+(FSDP2 needs that).
 """
 
 import os
@@ -21,15 +21,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @dataclass(frozen=True)
 class World:
+    """This process among all: `rank` of `size`.
+
+    sharded: each process has a part of the weights (FSDP2); else each has all of them.
+    """
+
     rank: int = 0
     size: int = 1
-    sharded: bool = (
-        False  # FSDP2: each process holds a part of the weights; else each holds all of them
-    )
+    sharded: bool = False
     device: str = "cpu"
 
     def share(self, rows: int) -> slice | Tensor:
-        """Which of `rows` rows this process has."""
+        """The indices of this process's share of `rows` rows."""
         if self.size == 1:
             return slice(None)
         each = -(-rows // self.size)
@@ -41,18 +44,20 @@ class World:
         Every process computes the same loss from what it gathers, so the sum of their parameters'
         gradients is that of the loss.
         """
-        return mine if self.size == 1 else _Gather.apply(mine, self)[:rows].clone()
+        if self.size == 1:
+            return mine
+        return _Gather.apply(mine, self)[:rows].clone()
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on any process."""
+        """Whether the flag is true on any process."""
         if self.size == 1:
             return flag
-        found = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found.item())
+        highest = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return bool(highest.item())
 
     def first(self, make: Callable[[], Any]) -> Any:
-        """What the first process makes, on all: for what may not come out the same twice."""
+        """What `make` returns on the first process, on all: it may not come out the same twice."""
         if self.size == 1:
             return make()
         box = [make() if self.rank == 0 else None]
@@ -60,7 +65,7 @@ class World:
         return box[0]
 
     def sum_gradients(self, parameters: list[Tensor]) -> None:
-        """Adds up the processes' gradients, each of which is of its own rows."""
+        """Sums the gradients of all processes, each of which has those of its own rows."""
         for gradient in (p.grad for p in parameters if p.grad is not None):
             if self.sharded:
                 gradient.mul_(self.size)  # FSDP2 has averaged them
@@ -73,8 +78,10 @@ ALONE = World()
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """The world that the launcher's environment describes; `accelerate launch --use_fsdp` asks for
-    sharded weights.
+    """The processes that the launcher's environment describes, connected while in the context.
+
+    `accelerate launch --use_fsdp` asks for sharded weights.  Raises ValueError for one GPU given to
+    all processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
@@ -86,12 +93,10 @@ def joined(device: str) -> Iterator[World]:
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
-        "false"  # else transformers loads weights in one process only, for accelerate to spread
-    )
-    patience = timedelta(
-        hours=2
-    )  # the others wait while the first one judges completions or writes large weights
+    # else transformers loads weights in one process only, for accelerate to spread
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # the others wait while the first one judges completions or writes large weights
+    patience = timedelta(hours=2)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
     try:
         sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
@@ -101,8 +106,10 @@ def joined(device: str) -> Iterator[World]:
 
 
 def whole(value: Any, *, keep: bool = True) -> Any:
-    """A tensor, or each in a dict, with all its parts; parted ones are gathered one by one, to the
-    CPU of processes that `keep` them.
+    """A tensor, or each tensor of a dict, with all its parts.
+
+    Parted tensors are gathered one by one, to the CPU of processes that `keep` them; None in the
+    others.
     """
     if isinstance(value, dict):
         return {key: whole(v, keep=keep) for key, v in value.items()}
@@ -113,18 +120,17 @@ def whole(value: Any, *, keep: bool = True) -> Any:
 
 
 def parted(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor held as `like` is."""
-    return (
-        distribute_tensor(tensor, like.device_mesh, like.placements)
-        if isinstance(like, DTensor)
-        else tensor
-    )
+    """A whole tensor, spread over the processes as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mine, world):
-        ctx.rank, ctx.each = world.rank, len(mine)
+        ctx.rank = world.rank
+        ctx.each = len(mine)
         parts = [torch.empty_like(mine) for _ in range(world.size)]
         dist.all_gather(parts, mine.contiguous())
         return torch.cat(parts)

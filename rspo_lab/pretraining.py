@@ -1,4 +1,4 @@
-"""A small base model: masked-diffusion pretraining on a task's own solutions, and how it decodes.
+"""A small base model: pretraining on a task's own solutions, and how it decodes.
 
 Shapes: B sequences, L completion tokens.
 """
@@ -14,8 +14,8 @@ from rspo_lab.batch import Batch
 from rspo_lab.decoding import complete, rewards, solve_rate
 from rspo_lab.masks.published import count
 from rspo_lab.models.diffusion_lm import DiffusionLM
-from rspo_lab.models.kv_cache import KINDS
 from rspo_lab.random_streams import generator
+from rspo_lab.schedule import CACHES
 from rspo_lab.statistics import wilson
 
 
@@ -32,43 +32,32 @@ def pretrain(
     problems: int,
     on_eval: Callable[[dict], None] = lambda record: None,
 ) -> list[dict]:
-    """Trains in place on the mean cross-entropy of the hidden tokens (`count` masks); returns one
-    record an evaluation.
+    """Trains in place on the cross-entropy of hidden tokens; returns one record per evaluation.
 
-    Stops at the first evaluation whose greedy solve rate on `problems` training-split problems that
-    are not trained on reaches `stop_at`, so that the held-out split is left for measuring.  AdamW
-    (.9, .99), cosine over `steps`.
+    Masks are those of `count`.  Stops at the first evaluation whose greedy solve rate reaches
+    `stop_at`; it is measured on `problems` problems of the training split that are not trained on,
+    so that the held-out split is left for measuring.  AdamW (.9, .99), warm-up of 20 steps, cosine
+    over `steps`.
     """
     examples = task.examples("train", task.TRAIN_PROBLEMS, seed=seed)
     check, examples = examples[:problems], examples[problems:]
-    pairs = [(e, text) for e in examples for text in task.solutions(e)[:2]]
-    prompt, prompt_valid = model.encode([task.prompt(e, "compact") for e, _ in pairs])
-    completion, _ = model.encode([text for _, text in pairs])
-    to_write = model.encode_canvas([task.canvas(e) for e, _ in pairs]) == model.mask_id
-    data = Batch(prompt, prompt_valid, completion, to_write)  # pyright: ignore[reportArgumentType]
+    data = _solved(model, task, examples)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
-    records, losses = [], []
+    records = []
+    losses = []
     for step in range(steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = (
-                lr * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            )
+            group["lr"] = lr * min(1, (step + 1) / 20) * cosine
         draw = generator(seed, "pretrain", step)
         batch = data.rows(torch.randint(len(data), (batch_size,), generator=draw))
-        hidden = count(batch.valid, 1, generator=draw).hidden[0]
-        loss = -model(batch, hidden).sum() / hidden.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(_descend(model, optimizer, batch, draw))
         if (step + 1) % eval_every == 0 or step + 1 == steps:
             rate = solve_rate(model, task, check, seed=seed)
-            records.append(
-                {"step": step + 1, "loss": sum(losses) / len(losses), "solve_rate": rate}
-            )
+            loss = sum(losses) / len(losses)
+            records.append({"step": step + 1, "loss": loss, "solve_rate": rate})
             losses.clear()
             on_eval(records[-1])
             if rate >= stop_at:
@@ -76,9 +65,32 @@ def pretrain(
     return records
 
 
+def _solved(model: DiffusionLM, task: ModuleType, examples: list) -> Batch:
+    """Up to two solutions of each problem, as completions whose tokens off the canvas are valid."""
+    pairs = [(e, text) for e in examples for text in task.solutions(e)[:2]]
+    prompt, prompt_valid = model.encode([task.prompt(e, "compact") for e, _ in pairs])
+    completion, _ = model.encode([text for _, text in pairs])
+    to_write = model.encode_canvas([task.canvas(e) for e, _ in pairs]) == model.mask_id
+    return Batch(prompt, prompt_valid, completion, to_write)  # pyright: ignore[reportArgumentType]
+
+
+def _descend(
+    model: DiffusionLM, optimizer: torch.optim.Optimizer, batch: Batch, draw: torch.Generator
+) -> float:
+    """One step of the optimizer; the loss before it, nats per hidden token."""
+    hidden = count(batch.valid, 1, generator=draw).hidden[0]
+    loss = -model(batch, hidden).sum() / hidden.sum()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
 def decoding(model: DiffusionLM, task: ModuleType, example, *, seed: int) -> pd.DataFrame:
-    """How one compact problem is decoded greedily, one token a step: a row a position, with token,
-    step and confidence.
+    """How one compact problem is decoded greedily, one token per step.
+
+    One row per position: its token, its step and the token's confidence.
     """
     batch, rollout = complete(
         model,
@@ -92,10 +104,9 @@ def decoding(model: DiffusionLM, task: ModuleType, example, *, seed: int) -> pd.
         threshold=1.0,
         generator=generator(seed, "decoding"),
     )
-    tokens = model.tokenizer.convert_ids_to_tokens(batch.completion[0].tolist())
     return pd.DataFrame(
         {
-            "token": tokens,
+            "token": model.tokenizer.convert_ids_to_tokens(batch.completion[0].tolist()),
             "step": rollout.step[0].tolist(),
             "confidence": rollout.confidence[0].tolist(),
         }
@@ -105,27 +116,15 @@ def decoding(model: DiffusionLM, task: ModuleType, example, *, seed: int) -> pd.
 def decoding_table(
     model: DiffusionLM, task: ModuleType, *, problems: int, seed: int
 ) -> pd.DataFrame:
-    """Held-out solve rate, 95 % Wilson interval and forwards a completion: fewer steps, confidence
-    thresholds, blocks and their caches.
+    """What faster decoding costs, in held-out solve rate (95 % Wilson interval) and forwards
+    per completion.
+
+    One row per way: fewer steps, confidence thresholds, blocks and caches; greedy and sampled.
     """
-    examples, full = task.examples("test", problems, seed=0), task.COMPACT_LENGTH
+    examples = task.examples("test", problems, seed=0)
     rows = []
-    ways = [
-        (steps, threshold, full, "none")
-        for steps, threshold in ((full, 1.0), (full // 2, 1.0), (full // 4, 1.0))
-    ]
-    ways += [(full, threshold, full, "none") for threshold in (0.95, 0.9, 0.8)] + [
-        (full, 1.0, full // 4, cache) for cache in KINDS
-    ]
     for temperature in (0.0, 1.0):
-        for steps, threshold, block, cache in ways:
-            how = {
-                "steps": steps,
-                "temperature": temperature,
-                "threshold": threshold,
-                "block": block,
-                "cache": cache,
-            }
+        for way in _decoding_ways(task.COMPACT_LENGTH, temperature):
             batch, rollout = complete(
                 model,
                 task,
@@ -133,25 +132,29 @@ def decoding_table(
                 style="compact",
                 length=0,
                 generator=generator(seed, "evaluate", 0),
-                **how,
+                **way,
             )
-            rate = (
-                sum(
-                    r == 1
-                    for r in rewards(model, task, examples, batch.completion, style="compact")
-                )
-                / problems
-            )
-            low, high = wilson(round(rate * problems), problems)
+            reward = rewards(model, task, examples, batch.completion, style="compact")
+            solved = reward.count(1)
+            low, high = wilson(solved, problems)
             forwards = rollout.forwards.double().mean().item()
-            rows.append(
-                how
-                | {
-                    "forwards": forwards,
-                    "solve_rate": rate,
-                    "low": low,
-                    "high": high,
-                    "n": problems,
-                }
-            )
+            measured = {"solve_rate": solved / problems, "low": low, "high": high, "n": problems}
+            rows.append(way | {"forwards": forwards} | measured)
     return pd.DataFrame(rows)
+
+
+def _decoding_ways(length: int, temperature: float) -> list[dict]:
+    """Parameters of `complete`: steps, thresholds, and four blocks with each cache."""
+    ways = [(steps, 1.0, length, "none") for steps in (length, length // 2, length // 4)]
+    ways += [(length, threshold, length, "none") for threshold in (0.95, 0.9, 0.8)]
+    ways += [(length, 1.0, length // 4, cache) for cache in CACHES]
+    return [
+        {
+            "steps": steps,
+            "temperature": temperature,
+            "threshold": threshold,
+            "block": block,
+            "cache": cache,
+        }
+        for steps, threshold, block, cache in ways
+    ]

@@ -52,12 +52,17 @@ def stratified_bootstrap(
     return sum(sum(stratum) / len(stratum) for stratum in strata) / len(strata), low, high
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion, which it holds to the last bit."""
-    z, p = 1.959963984540054, correct / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    return max(0.0, min(low, p)), min(1.0, max(high, p))
+def wilson(correct: int | float, n: int | float) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion, which it contains to the last bit.
+
+    (E. B. Wilson, JASA 22, 1927)  n: independent trials, which need not be whole.
+    """
+    z = 1.959963984540054  # 97.5 % quantile of the standard normal
+    share = correct / n
+    shrink = 1 + z**2 / n
+    middle = (share + z**2 / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 def variance_se(*samples: Float[Tensor, "n ..."]) -> tuple[Tensor, Tensor]:

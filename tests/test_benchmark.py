@@ -1,4 +1,4 @@
-"""A model on a benchmark: the schedule, pass@k by hand, resuming after a kill, and what is refused."""
+"""A model on a benchmark: schedule, pass@k by hand, resuming after a kill, and what is refused."""
 
 import dataclasses
 import itertools
@@ -20,11 +20,15 @@ from rspo_lab.decoding import prompts, texts
 from rspo_lab.models import loading as models
 from rspo_lab.runs import run as runs
 from rspo_lab.runs.run import RunError
+from rspo_lab.statistics import wilson
 from rspo_lab.tasks import gsm8k, sudoku
 
 ROOT = Path(__file__).parents[1]
 SUDOKU = BenchmarkConfig(model="base-sudoku", task="sudoku", style="compact", problems=24)
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +40,7 @@ def unlocked():
 
 @pytest.fixture
 def reader(tmp_path):
-    """A tiny untrained model that reads words, with a chat template, in a folder; and two problems."""
+    """A tiny untrained model that reads words, with a chat template, its folder, two problems."""
     small = models.tiny("".join(map(chr, range(32, 127))) + "\n", seed=0, layers=1, width=16)
     small.tokenizer.chat_template = TEMPLATE
     small.save(tmp_path / "reader")
@@ -108,21 +112,13 @@ def test_samples_give_pass_at_k(tmp_path):
         sum(any(solved[i : i + 4]) for i in range(0, 48, 4)) / 12
     )
     assert all(0 <= low <= share <= high <= 1 for share, low, high in found.pass_at.values())
-    assert found.grade.high - found.grade.low > grade_width(
-        found.grade.correct, 48
-    )  # samples of one problem agree
+    low, high = wilson(found.grade.correct, 48)
+    assert found.grade.high - found.grade.low > high - low  # samples of one problem agree
     assert "pass@4" in found.to_text() and list(found.to_dict()["pass_at"]) == ["1", "4"]
     again = benchmark(dataclasses.replace(config, seed=1), tmp_path / "b", [], protocol="strict")[0]
     assert (tmp_path / "b/completions_16.jsonl").read_text() != (
         tmp_path / "a/completions_16.jsonl"
     ).read_text() and not again.pass_at
-
-
-def grade_width(correct, n):
-    from rspo_lab.benchmarks.grade import wilson
-
-    low, high = wilson(correct / n, n)
-    return high - low
 
 
 def test_a_killed_run_ends_in_the_rows_of_one_that_was_not(tmp_path):
@@ -155,6 +151,19 @@ def test_a_last_line_without_its_end_is_not_read(tmp_path):
     path.write_bytes(whole[:-1])  # valid JSON, but not known to be all of it
     benchmark(dataclasses.replace(SUDOKU, batch=24), tmp_path / "a", [])
     assert path.read_bytes() == whole
+
+
+def test_a_whole_file_is_graded_without_its_model(tmp_path, monkeypatch):
+    """Its last batch is a short one."""
+    short = dataclasses.replace(SUDOKU, batch=7)
+    (before,) = benchmark(short, tmp_path / "a", [])
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("rspo_lab.models.loading.load", refuse)
+    (after,) = benchmark(short, tmp_path / "a", [])
+    assert after == before
 
 
 def test_other_parameters_and_other_problems_are_refused(tmp_path):
@@ -226,7 +235,7 @@ def test_a_model_that_reads_words_at_several_lengths(reader, tmp_path):
         ("--task gsm8k --lengths 100", "length 100 is not a multiple of block 32"),
         (
             "--task gsm8k --lengths 128 --steps 3",
-            "3 steps do not come out even for the 4 blocks of length 128",
+            "steps 3 must be a multiple of the 4 blocks, from 4 to 128",
         ),
         (
             "--task gsm8k --lengths 128 --style d2",
@@ -258,13 +267,15 @@ def test_bad_parameters_import_no_torch(tmp_path):
     code = f"""
 import sys
 from rspo_lab.cli import main
-codes = [main(["eval", "--model", "none", "--task", "gsm8k", "--out", "{tmp_path}/a", *words.split()]) for words in
-         ("--lengths 100", "--style compact", "--lengths 128 --protocol x", "--lengths 128 --k 2")]
+given = ["eval", "--model", "none", "--task", "gsm8k", "--out", "{tmp_path}/a"]
+bad = ("--lengths 100", "--style compact", "--lengths 128 --protocol x", "--lengths 128 --k 2")
+codes = [main([*given, *words.split()]) for words in bad]
 try:
     main(["eval", "--help"])
 except SystemExit as end:
     codes.append(end.code)
-print(codes, [name for name in ("torch", "transformers", "datasets", "numpy", "math_verify", "sympy") if name in sys.modules])
+heavy = {{"torch", "transformers", "datasets", "numpy", "math_verify", "sympy"}}
+print(codes, sorted(heavy & set(sys.modules)))
 """
     words, env = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=env)

@@ -94,11 +94,12 @@ def test_prompt_round_trips():
         )
     published = countdown.prompt(EXAMPLE, "d1")
     assert published.startswith(
-        "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n\nUsing only"
+        "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n"
+        "<answer>\n...\n</answer>\n\nUsing only"
     )
     assert (
-        "the numbers [3, 7, 2], create an arithmetic expression that evaluates to exactly 23. You must"
-        in published
+        "the numbers [3, 7, 2], create an arithmetic expression that evaluates to exactly 23. "
+        "You must" in published
     )
     assert published.endswith("a valid answer is: <answer>\n2*4-3\n</answer>")
     with pytest.raises(ValueError, match="0-99"):

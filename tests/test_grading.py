@@ -8,6 +8,7 @@ import pytest
 
 from rspo_lab.benchmarks import grade as grading
 from rspo_lab.benchmarks.grade import grade
+from rspo_lab.statistics import wilson
 
 COUNTDOWN = {
     "question": "Numbers: [3, 7, 2]\nTarget: 23",
@@ -103,18 +104,20 @@ def test_json_and_text(write):
     assert found.to_text().startswith("countdown, protocol d1: 1 of 1 items\naccuracy 100.00 %")
 
 
-def test_wilson_by_hand():
-    low, high = grading.wilson(0.5, 10)
-    assert low == pytest.approx(0.23659, abs=1e-5) and high == pytest.approx(0.76341, abs=1e-5)
-    assert grading.wilson(0.0, 10) == (0.0, pytest.approx(0.27753, abs=1e-5))
-    assert grading.wilson(1.0, 10)[1] == 1.0
+def test_the_interval_is_wilsons_at_the_independent_trials(write):
+    """Four cells of one puzzle in which each sample has all or none right are worth less than 8."""
+    right = SUDOKU | {"completion": "<answer>1234341221434321</answer>", "id": "a"}
+    wrong = SUDOKU | {"completion": "", "id": "b"}
+    graded = grade(write(right, wrong, right | {"id": "c"}, wrong | {"id": "d"}), "sudoku", "d1")
+    n = grading.independent([(12.0, 12.0), (0.0, 12.0)] * 2)
+    assert n == pytest.approx(3) and (graded.low, graded.high) == wilson(0.5 * n, n)
+    assert grade(write(COUNTDOWN), "countdown", "d1").low == wilson(1, 1)[0]
 
 
 def test_clusters_are_worth_what_they_vary():
     assert grading.independent([(1.0, 1.0), (0.0, 1.0)]) == 2
-    assert grading.independent([(8.0, 8.0), (0.0, 8.0)] * 50) == pytest.approx(
-        99
-    )  # all or nothing: one trial a cluster, less one
+    # all or nothing: one trial per cluster, less one
+    assert grading.independent([(8.0, 8.0), (0.0, 8.0)] * 50) == pytest.approx(99)
     assert grading.independent([(4.0, 8.0)] * 100) == 800  # never more than the trials
     assert grading.independent([(0.0, 8.0)] * 100) == 100 and grading.independent([(3.0, 8.0)]) == 1
 

@@ -50,7 +50,7 @@ def support(name, views, levels, monkeypatch, valid=None):
     """{(hidden, scored): expected weight a replicate} over all token orders and the given (levels,
     probability).
 
-    The first draw of a design is its levels (one a row, or as many as it asks for in its last
+    The first draw of a design is its levels (one per row, or as many as it asks for in its last
     place), the last its order.  What bsc
     draws between them may be any numbers: they are independent of the order.
     A view's order is uniform by itself, so by linearity one order serves all views.
@@ -87,7 +87,7 @@ def support(name, views, levels, monkeypatch, valid=None):
 
 
 def bsc_levels(alpha: float, views: int) -> list[tuple[tuple, float]]:
-    """Midpoints and widths of the cells of the start within which no view of bsc changes its count."""
+    """Midpoints and widths of the cells of the start in which no view of bsc changes its count."""
     edges = torch.arange(1, U + 1, dtype=torch.float64).pow(-alpha).cumsum(0)
     edges = (edges / edges[-1])[:-1]
     cuts = sorted(

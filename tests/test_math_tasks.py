@@ -41,14 +41,16 @@ def file(path: Path, rows: list[dict]) -> Path:
 
 
 def test_prompts_are_d1s():
-    start = "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
+    start = "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n"
+    start += "<answer>\n...\n</answer>\n"
     assert gsm8k.prompt(APPLES, "d1") == start + "\n\nHow many apples?"
     assert math500.prompt(HALF, "d1").startswith(start + "\n\nYou are a math expert. You will")
     assert math500.prompt(HALF, "d1").endswith(
         "Wrap the final answer in a \\boxed{}. \n\nWhat is half?"
     )
     wanted = "<reasoning>\nYour reasoning here\n</reasoning>\n<answer>\n\\boxed{...}\n</answer>"
-    expert = "You are a math expert. You will be given a question to solve. Solve it step by step. Wrap the final answer in a \\boxed{}."
+    expert = "You are a math expert. You will be given a question to solve. Solve it step by step. "
+    expert += "Wrap the final answer in a \\boxed{}."
     said = f"{expert} \nRespond in the following format:\n{wanted}\n\nHow many apples?"
     assert gsm8k.prompt(APPLES, "d1-eval") == said
     assert (
@@ -187,7 +189,7 @@ def test_no_network_is_one_error_with_its_mend(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.load_dataset", refuse)
     with pytest.raises(
         ConnectionError,
-        match=r"cannot load openai/gsm8k .*hf download openai/gsm8k --repo-type dataset .*or give a file",
+        match=r"cannot load openai/gsm8k .*hf download openai/gsm8k --repo-type .*or give a file",
     ):
         gsm8k.examples("test", 1, seed=0)
 

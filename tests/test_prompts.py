@@ -16,13 +16,16 @@ from rspo_lab.models.tokenizer import read_tokenizer
 from rspo_lab.tasks import gsm8k
 
 LLADA_TEMPLATE = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
     "{% endif %}{{ content }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )  # LLaDA-8B-Instruct
 CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful "
-    "assistant.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )  # Qwen2's; Dream's renders the same for one user turn
 SPECIAL = {
@@ -67,10 +70,8 @@ def chat(request, tmp_path):
         "chat_template": LLADA_TEMPLATE if kind == "llada" else CHATML,
         "clean_up_tokenization_spaces": False,
     }
-    if (
-        kind == "llada"
-        # a post-processor that puts the first token there, as Llama's do, would double the template's
-    ):
+    if kind == "llada":
+        # as Llama's do, a post-processor puts a first token there: it would double the template's
         raw = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
         raw.pre_tokenizer, raw.decoder = (
             pre_tokenizers.ByteLevel(add_prefix_space=False),

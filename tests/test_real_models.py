@@ -440,7 +440,7 @@ def test_a_shifted_model_scores_an_empty_prompt_by_position_0s_own_state(tmp_pat
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_held_keys_give_the_logits_again(tmp_path, kind, attention):
+def test_cached_logits_give_the_logits_again(tmp_path, kind, attention):
     """With padding, with the shift by one, at the completion's first token and at a later one;
     exact while the ids stand.
     """
@@ -451,7 +451,7 @@ def test_held_keys_give_the_logits_again(tmp_path, kind, attention):
     for start, stop in ((4, 7), (7, 10)):
         expected = model.logits(ids, valid, start, stop)
         for suffix in (False, True):
-            now, again = model.hold(ids, valid, start, stop, suffix=suffix)
+            now, again = model.cached_logits(ids, valid, start, stop, suffix=suffix)
             torch.testing.assert_close(now, expected, rtol=0, atol=1e-5)
             torch.testing.assert_close(again(ids), expected, rtol=0, atol=1e-5)
 

@@ -215,11 +215,12 @@ def test_impossible_schedules_are_refused(model, bad, match):
     "length, block, steps", [(12, 4, 12), (12, 4, 6), (12, 12, 12), (12, 3, 4)]
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_held_keys_are_exact_with_one_layer_and_at_a_blocks_first_step(
+def test_cached_logits_are_exact_with_one_layer_and_at_a_blocks_first_step(
     length, block, steps, temperature, suffix
 ):
-    """A layer's keys and values depend on tokens that stand still; in deeper models they do not,
-    but for steps that begin a block.
+    """With one layer, cached keys and values depend on tokens that stand still.
+
+    In deeper models only the steps that begin a block are exact.
     """
     for layers in (1, 3):
         if layers > 1 and steps != length // block:
@@ -233,23 +234,23 @@ def test_held_keys_are_exact_with_one_layer_and_at_a_blocks_first_step(
             steps=steps,
             temperature=temperature,
         )
-        exact, held = (
+        exact, fast = (
             generate(
                 model.logits,
                 prompt,
                 prompt_valid,
                 generator=torch.Generator().manual_seed(1),
-                hold=hold,
+                cached_logits=cached,
                 **how,
             )
-            for hold in (None, partial(model.hold, suffix=suffix))
+            for cached in (None, partial(model.cached_logits, suffix=suffix))
         )
-        assert torch.equal(exact.completion, held.completion) and torch.equal(exact.step, held.step)
-        assert torch.equal(exact.forwards, held.forwards)
-        torch.testing.assert_close(exact.confidence, held.confidence, rtol=0, atol=1e-6)
+        assert torch.equal(exact.completion, fast.completion) and torch.equal(exact.step, fast.step)
+        assert torch.equal(exact.forwards, fast.forwards)
+        torch.testing.assert_close(exact.confidence, fast.confidence, rtol=0, atol=1e-6)
 
 
-def test_held_logits_are_those_of_the_ids_that_were_there(model):
+def test_cached_logits_are_those_of_the_ids_that_were_there(model):
     """They see the block as it is and all else as it was, nearer the truth than the logits from
     before it changed.
     """
@@ -259,7 +260,7 @@ def test_held_logits_are_those_of_the_ids_that_were_there(model):
     changed = ids.clone()
     changed[:, width + 3] = model.encode(["7"])[0][0, 0]
     for suffix in (False, True):
-        now, again = model.hold(ids, prompt_valid, width + 2, width + 6, suffix=suffix)
+        now, again = model.cached_logits(ids, prompt_valid, width + 2, width + 6, suffix=suffix)
         torch.testing.assert_close(
             now, model.logits(ids, prompt_valid, width + 2, width + 6), rtol=0, atol=0
         )
@@ -288,12 +289,12 @@ def test_held_logits_are_those_of_the_ids_that_were_there(model):
     )  # dual: what stands behind the block is not read
 
 
-def test_a_row_that_is_full_is_left_alone_while_keys_are_held():
-    """And the others are drawn from their own logits: with one layer all is as without held keys."""
+def test_a_row_that_is_full_is_left_alone_beside_a_cache():
+    """The others are drawn from their own logits: with one layer all is as without a cache."""
     model = tiny("0123456789=", seed=3, layers=1, width=32)
     prompt, prompt_valid = model.encode(["12=", "3="])
     canvas = model.encode_canvas(["12345?78", "????????"])
-    exact, held = (
+    exact, fast = (
         generate(
             model.logits,
             prompt,
@@ -304,12 +305,12 @@ def test_a_row_that_is_full_is_left_alone_while_keys_are_held():
             steps=8,
             temperature=1.0,
             generator=torch.Generator().manual_seed(0),
-            hold=hold,
+            cached_logits=cached,
         )
-        for hold in (None, partial(model.hold, suffix=True))
+        for cached in (None, partial(model.cached_logits, suffix=True))
     )
     given = canvas != model.mask_id
-    assert (held.completion == canvas)[given].all() and (held.step == -1).equal(given)
-    assert held.forwards.tolist() == [1, 8] and model.mask_id not in held.completion
-    assert torch.equal(held.completion, exact.completion) and torch.equal(held.step, exact.step)
-    torch.testing.assert_close(held.confidence, exact.confidence, rtol=0, atol=1e-6)
+    assert (fast.completion == canvas)[given].all() and (fast.step == -1).equal(given)
+    assert fast.forwards.tolist() == [1, 8] and model.mask_id not in fast.completion
+    assert torch.equal(fast.completion, exact.completion) and torch.equal(fast.step, exact.step)
+    torch.testing.assert_close(fast.confidence, exact.confidence, rtol=0, atol=1e-6)

@@ -84,7 +84,8 @@ def test_prompts():
     assert sudoku.prompt(EXAMPLE, "compact") == "=" and sudoku.canvas(EXAMPLE) == "12??34??????????"
     published = sudoku.prompt(EXAMPLE, "d1")
     assert published.startswith(
-        "\nPlease solve the following 4x4 Sudoku puzzle. The puzzle is provided as a 16-character string reading"
+        "\nPlease solve the following 4x4 Sudoku puzzle. The puzzle is provided as "
+        "a 16-character string reading"
     )
     assert published.endswith(
         "</answer>\n\n\nSolve the following Sudoku puzzle: 1200340000000000\n"

@@ -1,4 +1,4 @@
-"""Which views: own numbers a row, shared masks, allocation against a search, profiles and what they
+"""Which views: numbers per row, allocation against a search, profiles and what they
 recommend.
 """
 
@@ -11,7 +11,7 @@ import torch
 from rspo_lab.batch import Batch
 from rspo_lab.design_choice import CountProfile, count_profile, recommend_design
 from rspo_lab.estimators import elbo_draws
-from rspo_lab.masks.allocation import allocate, common, drawn
+from rspo_lab.masks.allocation import allocate, drawn
 from rspo_lab.masks.designs import design
 from rspo_lab.oracle import exact_elbo, subset_tables
 
@@ -56,16 +56,6 @@ def test_own_numbers_of_views_are_unbiased(small):
         assert (
             (draws.mean(1) - exact_elbo(small.policy, small.batch)).abs() < 4.5 * error + 1e-9
         ).all(), name
-
-
-def test_common_masks_are_shared_where_tokens_stand_alike():
-    valid = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
-    masks = common("count", valid, 50, torch.tensor([0, 0, 0, 1]), generator=seeded())
-    assert torch.equal(masks.hidden[:, 0], masks.hidden[:, 1]) and torch.equal(
-        masks.weight[:, 0], masks.weight[:, 1]
-    )
-    assert not torch.equal(masks.hidden[:, 0], masks.hidden[:, 3])  # another prompt
-    assert not masks.hidden[:, 2, 2].any() and masks.hidden[:, 2].any(-1).all()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
-"""A model on a benchmark: completions by the published protocol, kept on disk as they come, and
-their grades.
+"""A model on a benchmark: completions by the published protocol, and their grades.
 
 A folder holds params.json and, for every length, completions_<length>.jsonl in the format that
-`grade` reads, problem after problem, `samples` rows each.  A killed run goes on from its whole
-lines and ends in the rows of one that was not killed. Torch is imported once the parameters are
-known to be good.
+`grade` reads, problem after problem, `samples` rows each.  They are written as they come: a killed
+run goes on from its whole lines and ends in the rows of one that was not killed.  Torch is imported
+once the parameters are known to be good.
 """
 
 import json
@@ -13,14 +12,16 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rspo_lab.benchmarks.grade import Grade, grade, pass_at_k
 from rspo_lab.runs.files import replacing, write_json
 from rspo_lab.runs.run import Run, open_run
+from rspo_lab.schedule import schedule
 from rspo_lab.tasks import task as task_named
-from rspo_lab.tasks.verdict import PROTOCOLS, STYLES, in_words, one_of
+from rspo_lab.tasks.verdict import PROTOCOLS, STYLES, Verdict, in_words, one_of
 
 if TYPE_CHECKING:
     from rspo_lab.models.diffusion_lm import DiffusionLM
@@ -37,11 +38,11 @@ class BenchmarkConfig:
     data: str = ""  # a local file in the task's public format; "" is the task's own test split
     problems: int = 0  # 0: all of the file, or the task's TEST_PROBLEMS
     style: str = "d1-eval"  # or d1 (the training message), or compact (tiny models)
-    block: int = 32  # tokens a decoding block; the compact style has one block
-    steps: int = 0  # denoising steps a completion; 0: half its length
+    block: int = 32  # tokens per decoding block; the compact style has one block
+    steps: int = 0  # denoising steps per completion; 0: half its length
     temperature: float = 0.0
-    samples: int = 1  # completions a problem
-    batch: int = 8  # completions decoded at a time; part of what is drawn
+    samples: int = 1  # completions per problem
+    batch: int = 8  # completions decoded together; part of what is drawn
     seed: int = 0
     dtype: str = "float32"  # LLaDA-8B's published numbers are of bfloat16
 
@@ -61,24 +62,18 @@ class BenchmarkConfig:
             raise FileNotFoundError(f"no file of problems at data = {self.data}")
 
     def schedule(self, length: int) -> tuple[int, int]:
-        """(block, steps) of a completion of `length` tokens; ValueError if it does not come out
-        even.
-        """
+        """(block, steps) of a completion of `length` tokens; ValueError if they do not fit."""
         block = length if self.style == "compact" else self.block
         steps = self.steps or length // 2
-        if length < 1 or length % block:
-            raise ValueError(f"length {length} is not a multiple of block {block}")
-        if steps % (length // block) or not length // block <= steps <= length:
-            raise ValueError(
-                f"{steps} steps do not come out even for the {length // block} blocks of length {length}"
-            )
+        schedule(length, block, steps)
         return block, steps
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a model reaches at one length.  `pass_at`: k -> (share, low, high), 95 % bootstrap over
-    problems.
+    """What a model reaches at one length.
+
+    pass_at: k -> (share, low, high), 95 % bootstrap over problems.
     """
 
     length: int
@@ -127,64 +122,85 @@ def benchmark(
     device: str = "auto",
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:
-    """Completes what is missing in `folder`, grades it and writes results.json; one result a
-    length.
+    """Completes what is missing in `folder`, grades it and writes results.json.
 
-    `lengths` in tokens, none for the compact style, where the task says.  `report` gets a line at
-    most every 5 s.
-    ValueError on parameters that do not fit; RunError if the folder belongs to others or is in use.
+    Returns one result per length.  `lengths` in tokens, none for the compact style, where the task
+    says.  `report` gets a line at most every 5 s.
+
+    Raises ValueError for parameters that do not fit, RunError if the folder belongs to others or is
+    in use.
     """
-    task = task_named(config.task)
     one_of(protocol, PROTOCOLS, "protocol")
-    if (config.style == "compact") == bool(lengths):
-        raise ValueError(
-            "the compact style has the task's own length: give no lengths"
-            if lengths
-            else "give lengths, such as 128,256,512"
-        )
+    lengths = _checked_lengths(config, lengths)
+    if wrong := [k for k in ks if not 1 <= k <= config.samples]:
+        raise ValueError(f"pass@{wrong[0]} needs k from 1 to the {config.samples} samples")
+    from rspo_lab.models.loading import find, load
+
+    find(config.model)
+    examples = _examples(config, protocol)
+
+    @cache
+    def model() -> "DiffusionLM":
+        import torch
+
+        return load(config.model, device=device, dtype=getattr(torch, config.dtype))
+
+    run = open_run(folder, asdict(config))
+    results = []
+    try:
+        for length in lengths:
+            path = run.path / f"completions_{length}.jsonl"
+            _complete(config, run, path, length, examples, model, report)
+            graded = grade(path, config.task, protocol)
+            pass_at = {k: _pass_at(config, length, graded.verdicts, k) for k in ks}
+            results.append(Result(length, len(examples), graded, pass_at))
+    except (Exception, KeyboardInterrupt) as error:
+        run.fail(type(error).__name__, str(error))
+        raise
+    written = {"protocol": protocol, "results": [result.to_dict() for result in results]}
+    write_json(run.path / "results.json", written)
+    run.finish()
+    return results
+
+
+def _checked_lengths(config: BenchmarkConfig, lengths: Sequence[int]) -> list[int]:
+    """The completion lengths, the task's own in the compact style; ValueError if one cannot be."""
+    if config.style == "compact" and lengths:
+        raise ValueError("the compact style has the task's own length: give no lengths")
+    if config.style != "compact" and not lengths:
+        raise ValueError("give lengths, such as 128,256,512")
+    task = task_named(config.task)
     lengths = list(lengths) or [task.COMPACT_LENGTH]  # pyright: ignore[reportAttributeAccessIssue]
     for length in lengths:
         config.schedule(length)
-    if wrong := [k for k in ks if not 1 <= k <= config.samples]:
-        raise ValueError(f"pass@{wrong[0]} needs k from 1 to the {config.samples} samples")
-    from rspo_lab.models.loading import find
-    from rspo_lab.random_streams import generator
-    from rspo_lab.statistics import stratified_bootstrap
+    return lengths
 
-    find(config.model)
+
+def _examples(config: BenchmarkConfig, protocol: str) -> list:
+    """The problems; ValueError if the task cannot judge their completions."""
+    task = task_named(config.task)
     if config.data:
         examples = task.read(config.data, config.problems or None)
     else:
         examples = task.examples("test", config.problems or task.TEST_PROBLEMS, seed=0)
-    task.verdict(
-        "<answer>1</answer>", examples[0], protocol=protocol, style=config.style
-    )  # what cannot be judged is not completed
-    run, results, model = open_run(folder, asdict(config)), [], None
-    try:
-        for length in lengths:
-            path = run.path / f"completions_{length}.jsonl"
-            model = _complete(config, run, path, length, examples, model, device, report)
-            found = grade(path, config.task, protocol)
-            solved = [v.components["solved"] for v in found.verdicts]
-            correct = [
-                round(sum(solved[i : i + config.samples]))
-                for i in range(0, len(solved), config.samples)
-            ]
-            pass_at = {}
-            for k in ks:
-                values = [pass_at_k(config.samples, c, k) for c in correct]
-                pass_at[k] = stratified_bootstrap(
-                    [values], generator=generator(config.seed, "pass_at", length, k)
-                )
-            results.append(Result(length, len(examples), found, pass_at))
-    except (Exception, KeyboardInterrupt) as error:
-        run.fail(type(error).__name__, str(error))
-        raise
-    write_json(
-        run.path / "results.json", {"protocol": protocol, "results": [r.to_dict() for r in results]}
-    )
-    run.finish()
-    return results
+    task.verdict("<answer>1</answer>", examples[0], protocol=protocol, style=config.style)
+    return examples
+
+
+def _pass_at(
+    config: BenchmarkConfig, length: int, verdicts: Sequence[Verdict], k: int
+) -> tuple[float, float, float]:
+    """(share, low, high) of pass@k, by a bootstrap over problems."""
+    from rspo_lab.random_streams import generator
+    from rspo_lab.statistics import stratified_bootstrap
+
+    solved = [verdict.components["solved"] for verdict in verdicts]
+    shares = []
+    for start in range(0, len(solved), config.samples):
+        correct = round(sum(solved[start : start + config.samples]))
+        shares.append(pass_at_k(config.samples, correct, k))
+    draw = generator(config.seed, "pass_at", length, k)
+    return stratified_bootstrap([shares], generator=draw)
 
 
 def _complete(
@@ -193,69 +209,69 @@ def _complete(
     path: Path,
     length: int,
     examples: list,
-    model: "DiffusionLM | None",
-    device: str,
+    model: "Callable[[], DiffusionLM]",
     report: Callable[[str], None],
-) -> "DiffusionLM | None":
-    """Appends the missing completions, a batch at a time; the model, loaded if anything was
-    missing.
+) -> None:
+    """Appends the missing completions, one batch after the other.
 
     The batches are those of a run without a break, each with its own generator, so a batch that was
     cut short is decoded whole again.
     """
-    task = task_named(config.task)
-    items = [
-        _row(task.record(e), e.id, sample, config.style)
-        for e in examples
-        for sample in range(config.samples)
-    ]
-    problems = [e for e in examples for _ in range(config.samples)]
+    samples = range(config.samples)
+    problems = [example for example in examples for _ in samples]
+    rows = [_row(config, example, sample) for example in examples for sample in samples]
     done = _whole_rows(path)
     for i, row in enumerate(done):
-        if i >= len(items) or {name: row.get(name) for name in items[i]} != items[i]:
+        if i >= len(rows) or {name: row.get(name) for name in rows[i]} != rows[i]:
             raise ValueError(
-                f"{path}:{i + 1} is not of these problems; has the data changed? choose another folder"
+                f"{path}:{i + 1} is not of these problems; has the data changed? "
+                "choose another folder"
             )
-    (block, steps), said = config.schedule(length), time.monotonic()
-    for start in range(0, len(items), config.batch):
+    if len(done) == len(rows):
+        return
+    reported = time.monotonic()
+    first = len(done) - len(done) % config.batch
+    for start in range(first, len(rows), config.batch):
+        batch = slice(start, start + config.batch)
+        texts = _decode(config, model(), problems[batch], length, start)
+        lines = [json.dumps(row | {"completion": text}) for row, text in zip(rows[batch], texts)]
         have = max(0, len(done) - start)
-        rows = items[start : start + config.batch]
-        if have < len(rows):
-            import torch
-
-            from rspo_lab.decoding import complete, texts
-            from rspo_lab.models.loading import load
-            from rspo_lab.random_streams import generator
-
-            model = model or load(config.model, device=device, dtype=getattr(torch, config.dtype))
-            batch, _ = complete(
-                model,
-                task,
-                problems[start : start + config.batch],
-                style=config.style,
-                length=length,
-                block=block,
-                steps=steps,
-                temperature=config.temperature,
-                threshold=1.0,
-                generator=generator(config.seed, "benchmark", length, start),
-            )
-            lines = [
-                json.dumps(row | {"completion": text})
-                for row, text in zip(rows, texts(model, batch.completion, config.style))
-            ]
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(line + "\n" for line in lines[have:]))
-            run.progress(start + len(rows), len(items), f"length {length}")
-            if time.monotonic() - said >= 5:
-                said = time.monotonic()
-                report(f"length {length}: {start + len(rows)}/{len(items)} completions")
-    return model
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in lines[have:]))
+        run.progress(start + len(lines), len(rows), f"length {length}")
+        if time.monotonic() - reported >= 5:
+            reported = time.monotonic()
+            report(f"length {length}: {start + len(lines)}/{len(rows)} completions")
 
 
-def _row(record: dict, name: str, sample: int, style: str) -> dict:
+def _decode(
+    config: BenchmarkConfig, model: "DiffusionLM", problems: list, length: int, start: int
+) -> list[str]:
+    """One completion per problem; `start`, the first one's place among all, names the draw."""
+    from rspo_lab.decoding import complete, texts
+    from rspo_lab.random_streams import generator
+
+    block, steps = config.schedule(length)
+    batch, _ = complete(
+        model,
+        task_named(config.task),
+        problems,
+        style=config.style,
+        length=length,
+        block=block,
+        steps=steps,
+        temperature=config.temperature,
+        threshold=1.0,
+        generator=generator(config.seed, "benchmark", length, start),
+    )
+    return texts(model, batch.completion, config.style)
+
+
+def _row(config: BenchmarkConfig, example: Any, sample: int) -> dict:
     """What a row says beside its completion, as JSON gives it back."""
-    return json.loads(json.dumps({"id": name, "sample": sample, "style": style} | record))
+    record = task_named(config.task).record(example)
+    row = {"id": example.id, "sample": sample, "style": config.style} | record
+    return json.loads(json.dumps(row))
 
 
 def _whole_rows(path: Path) -> list[dict]:

@@ -22,27 +22,33 @@ from rspo_lab.masks.published import (
 
 
 def design(name: str) -> Callable[..., Masks]:
-    """The design of that name, with its parameters if it has any: "count", "bsc", "bsc(1, 0.5)",
-    "cyck(3)".
+    """The design of that name, with its parameters if it has any: "count", "bsc(1, 0.5)".
+
+    Raises ValueError for an unknown name, and for parameters that the design does not take.
     """
-    found = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", name)
-    if not found or (made := DESIGNS.get(found[1])) is None:
+    parts = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", name)
+    if not parts or parts[1] not in DESIGNS:
         raise ValueError(f"design must be one of {', '.join(DESIGNS)}, not {name!r}")
-    if found[2] is None:
-        return made
-    takes = [
-        p
-        for p in signature(made).parameters.values()
+    function = DESIGNS[parts[1]]
+    if parts[2] is None:
+        return function
+    words = parts[2].split(",") if parts[2].strip() else []
+    defaults = {
+        p.name: p.default
+        for p in signature(function).parameters.values()
         if p.kind is p.KEYWORD_ONLY and p.name != "generator"
-    ]
-    words, names = found[2].split(",") if found[2].strip() else [], [p.name for p in takes]
+    }
     try:
-        values = {p.name: type(p.default)(word) for p, word in zip(takes, words, strict=True)}
+        values = {
+            key: type(default)(word)
+            for (key, default), word in zip(defaults.items(), words, strict=True)
+        }
     except ValueError:
         raise ValueError(
-            f"design {name!r}: {found[1]} takes {len(names)} numbers ({', '.join(names) or 'none'})"
+            f"design {name!r}: {parts[1]} takes {len(defaults)} numbers "
+            f"({', '.join(defaults) or 'none'})"
         ) from None
-    return partial(made, **values)
+    return partial(function, **values)
 
 
 DESIGNS: dict[str, Callable[..., Masks]] = {

@@ -17,43 +17,32 @@ from rspo_lab.masks.base import (
 
 
 def count(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
-    """l ~ U{1..u}, then a uniform l-subset; weight u/l; each view a replicate.  Unbiased.  (LLaDA,
-    arXiv:2502.09992)
+    """l ~ U{1..u}, then a uniform l-subset; weight u/l; each view a replicate.  Unbiased.
 
-    The same law as the mean log-prob over masked tokens times u with t ~ U(0,1) and empty masks
-    redrawn together with t, which is how we read RSPO's estimator (arXiv:2605.10218).
+    (LLaDA, arXiv:2502.09992)  The same law as the mean log-prob over masked tokens times u with t ~
+    U(0,1) and empty masks redrawn together with t, which is how we read RSPO's estimator
+    (arXiv:2605.10218).
     """
     used = used_tokens(valid, views)
     level = uniform((views, len(valid)), generator)
-    return count_masks(
-        valid,
-        used,
-        level,
-        random_order(valid.expand(views, -1, -1), generator),
-        torch.arange(views),
-    )
+    order = random_order(valid.expand(views, -1, -1), generator)
+    return count_masks(valid, used, level, order, torch.arange(views))
 
 
 def systematic(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
-    """Counts at evenly spaced levels with one random start; weight u/(l views); all views one
-    replicate.  Unbiased.
+    """Counts at evenly spaced levels with one random start; weight u/(l views).  Unbiased.
 
-    The low-discrepancy sampler of MDLM (arXiv:2406.07524) on counts; the views of a sequence are
-    dependent.
+    The low-discrepancy sampler of MDLM (arXiv:2406.07524) on counts.  All views are one replicate:
+    those of a sequence are dependent.
     """
-    used, level = used_tokens(valid, views), spread_levels(valid, views, generator)
-    return count_masks(
-        valid,
-        used,
-        level,
-        random_order(valid.expand(views, -1, -1), generator),
-        torch.zeros(views, dtype=torch.long),
-    )
+    used = used_tokens(valid, views)
+    level = spread_levels(valid, views, generator)
+    order = random_order(valid.expand(views, -1, -1), generator)
+    return count_masks(valid, used, level, order, torch.zeros(views, dtype=torch.long))
 
 
 def coupled(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
-    """Complementary pairs: l ~ U{0..u}, an l-subset and its complement, weights (u+1)/(2 size).
-    Unbiased.
+    """Complementary pairs: an l-subset and the rest, l ~ U{0..u}; weight (u+1)/(2 size).  Unbiased.
 
     A pair is a replicate, so `views` must be even.  (ESPO, arXiv:2512.03759; each pair with its own
     l)
@@ -62,10 +51,8 @@ def coupled(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generato
         raise ValueError(f"coupled masks come in pairs: views must be even, not {views}")
     used = used_tokens(valid, views)
     level = uniform((views // 2, len(valid)), generator)
-    hidden = (
-        random_order(valid.expand(views // 2, -1, -1), generator)
-        < floor_ids(level * (used + 1), used)[..., None]
-    )
+    order = random_order(valid.expand(views // 2, -1, -1), generator)
+    hidden = order < floor_ids(level * (used + 1), used)[..., None]
     hidden = torch.stack([hidden & valid, ~hidden & valid], 1).flatten(0, 1)
     size = hidden.sum(-1)
     weight = (used + 1.0).double() / (2 * size.clamp(min=1)) * (size > 0)
@@ -74,31 +61,27 @@ def coupled(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generato
 
 def t_iid(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
     """t ~ U(0,1), each token hidden with probability t, weight 1/t; an empty view scores 0.
-    Unbiased, of infinite variance.
 
-    The continuous-time form (MDLM, arXiv:2406.07524, Eq. 10), a baseline only: E[1/t^2 | l=1]
-    diverges.
+    Unbiased, of infinite variance: E[1/t^2 | l=1] diverges.  The continuous-time form (MDLM,
+    arXiv:2406.07524, Eq. 10), a baseline only.
     """
     used_tokens(valid, views)
-    level, coin = (
-        uniform((views, len(valid)), generator),
-        uniform((views, *valid.shape), generator),
-    )
+    level = uniform((views, len(valid)), generator)
+    coin = uniform((views, *valid.shape), generator)
     hidden = (coin < level[..., None]) & valid
     return Masks(hidden, (1 / level).where(hidden.any(-1), 0.0), torch.arange(views))
 
 
 def t_redraw(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
-    """t ~ U(0,1), each token hidden with probability t, weight 1/t; an empty view is redrawn
-    together with its t.
+    """`t_iid` with empty views redrawn together with their t.
 
     The continuous-time form (MDLM, arXiv:2406.07524, Eq. 10), a baseline only.  BIASED: its mean is
     ELBO (u+1)/u; and of infinite variance, because single hidden tokens come with E[1/t^2 | l=1]
     infinite.
     """
     used_tokens(valid, views)
-    shape = (views, *valid.shape)
-    level, coin = uniform(shape[:2], generator), uniform(shape, generator)
+    level = uniform((views, len(valid)), generator)
+    coin = uniform((views, *valid.shape), generator)
     while (empty := ~((coin < level[..., None]) & valid).any(-1)).any():
         level[empty] = uniform((int(empty.sum()),), generator)
         coin[empty] = uniform((int(empty.sum()), valid.shape[1]), generator)
@@ -107,27 +90,21 @@ def t_redraw(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generat
 
 
 def nested(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
-    """Systematic counts whose views hide prefixes of ONE random order; weight u/(l views); one
-    replicate.  Unbiased.
+    """`systematic` whose views hide prefixes of ONE random order; one replicate.  Unbiased.
 
     A baseline: the views overlap as much as they can, so more of them soon stop to help.
     """
-    used, level = used_tokens(valid, views), spread_levels(valid, views, generator)
-    return count_masks(
-        valid,
-        used,
-        level,
-        random_order(valid[None], generator),
-        torch.zeros(views, dtype=torch.long),
-    )
+    used = used_tokens(valid, views)
+    level = spread_levels(valid, views, generator)
+    order = random_order(valid[None], generator)
+    return count_masks(valid, used, level, order, torch.zeros(views, dtype=torch.long))
 
 
 def gauss(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
-    """Gauss-Legendre nodes t of (0, 1) with weights w/t, each token hidden with probability t; one
-    replicate.
+    """Gauss-Legendre nodes t of (0, 1) with weights w/t, each token hidden with probability t.
 
-    E[g(M)]/t is a polynomial of degree u-1 in t, so the rule is exact, and the design unbiased, if
-    2 views >= u; with fewer views it is BIASED.  (GDPO, arXiv:2510.08554)
+    One replicate.  E[g(M)]/t is a polynomial of degree u-1 in t, so the rule is exact, and the
+    design unbiased, if 2 views >= u; with fewer views it is BIASED.  (GDPO, arXiv:2510.08554)
     """
     used_tokens(valid, views)
     node, rule = (torch.from_numpy(x)[:, None] for x in np.polynomial.legendre.leggauss(views))
@@ -138,21 +115,19 @@ def gauss(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator)
 
 def one_step(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
     """Everything hidden at once, weight 1: one forward, no noise.  BIASED: no token sees another.
+
     (d1, arXiv:2504.12216)
     """
     used_tokens(valid, views, most=1.0)
-    return Masks(
-        valid[None].clone(),
-        torch.ones(1, len(valid), dtype=torch.float64),
-        torch.zeros(1, dtype=torch.long),
-    )
+    weight = torch.ones(1, len(valid), dtype=torch.float64)
+    return Masks(valid[None].clone(), weight, torch.zeros(1, dtype=torch.long))
 
 
 def left_to_right(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Generator) -> Masks:
-    """The chain rule from left to right: u views, each scores its first hidden token.  Another
-    target: log p in that order.
+    """The chain rule from left to right: u views, each scores its first hidden token.
 
-    No noise, at the cost of u forwards.  (JustGRPO, arXiv:2601.15165)
+    Another target: log p in that order.  No noise, at the cost of u forwards.  (JustGRPO,
+    arXiv:2601.15165)
     """
     used = used_tokens(valid, views, most=1.0)
     place = (valid.cumsum(1) - 1).masked_fill(~valid, -1)
@@ -165,8 +140,7 @@ def left_to_right(valid: Bool[Tensor, "B L"], views: int, *, generator: torch.Ge
 def spg_block(
     valid: Bool[Tensor, "B L"], views: int, *, block: int = 32, generator: torch.Generator
 ) -> Masks:
-    """A random block of the valid tokens in order: earlier ones visible, later ones hidden and not
-    scored, `count` inside it.
+    """`count` in a random block of the valid tokens; earlier ones visible, later ones not scored.
 
     Weight (blocks) (tokens of the block) / l.  Another target, unbiased for it: the ELBO of
     decoding block by block; all is `count` if one block holds everything, and `left_to_right` in
@@ -178,12 +152,9 @@ def spg_block(
     place = (valid.cumsum(1) - 1).div(block, rounding_mode="floor").masked_fill(~valid, -1)
     blocks = (used + block - 1) // block
     chosen = floor_ids(uniform((views, len(valid)), generator) * blocks, blocks - 1)
-    tokens = (here := place == chosen[..., None]).sum(-1)
+    here = place == chosen[..., None]
+    tokens = here.sum(-1)
     size = 1 + floor_ids(uniform((views, len(valid)), generator) * tokens, tokens - 1)
     scored = here & (random_order(here, generator) < size[..., None])
-    return Masks(
-        scored | (place > chosen[..., None]),
-        blocks * tokens / size.double(),
-        torch.arange(views),
-        scored,
-    )
+    hidden = scored | (place > chosen[..., None])
+    return Masks(hidden, blocks * tokens / size.double(), torch.arange(views), scored)

@@ -184,7 +184,7 @@ def works(
             policy,
             batch,
             generator(seed, "rollout"),
-            hold=partial(policy.hold, suffix=True),
+            cached_logits=partial(policy.cached_logits, suffix=True),
             **schedule,
         )
 

@@ -1,6 +1,7 @@
 """Low-rank adapters on a diffusion model."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,17 +13,13 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 
 LORA_TARGETS = {
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "d1": [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "up_proj",
-    ],  # the four of d1's seven names that exist in LLaDA's blocks
+    # the four of d1's seven names that exist in LLaDA's blocks
+    "d1": ["q_proj", "k_proj", "v_proj", "up_proj"],
 }
 
 
 def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: int) -> None:
-    """Put trainable low-rank adapters (no dropout) on the matrices of a preset and freeze the rest.
+    """Puts trainable low-rank adapters (no dropout) on a preset's matrices and freezes the rest.
 
     Raises ValueError for an unknown preset and for a target that names no matrix of this model.
     """
@@ -40,7 +37,10 @@ def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: 
             f"LoRA targets {absent} name no matrix of this model; it has {sorted(names)}"
         )
     lora = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS[preset]
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=0.0,
+        target_modules=LORA_TARGETS[preset],
     )
     with torch.random.fork_rng(devices=[]):  # peft initialises from the global generator
         torch.default_generator.manual_seed(seed)
@@ -50,6 +50,7 @@ def add_lora(model: DiffusionLM, preset: str, *, rank: int, alpha: float, seed: 
 
 def multiply_in_base_precision(model: DiffusionLM) -> DiffusionLM:
     """The model, whose adapters leave the precision of their products to `precision`."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "lora_A"):
             module.cast_input_dtype_enabled = False

@@ -1,10 +1,9 @@
-"""Native transformers classes of masked diffusion models, registered for `from_pretrained`; no
-remote code.
+"""Masked diffusion models as native transformers classes, registered for `from_pretrained`.
 
-Each is a stock decoder without its causal mask.  LLaDA (arXiv:2502.09992) is Llama under other
-names: those of its config.json and of its tensors are translated here, and no tensor is transposed,
-fused or permuted.  Dream (arXiv:2508.15487) is Qwen2 whose state at position i - 1 gives the logits
-of position i.  A2D-Qwen3 (dllm, github.com/ZHZisZZ/dllm) is Qwen3.
+No remote code runs.  Each is a stock decoder without its causal mask.  LLaDA (arXiv:2502.09992) is
+Llama under other names: those of its config.json and of its tensors are translated here, and no
+tensor is transposed, fused or permuted.  Dream (arXiv:2508.15487) is Qwen2 whose state at position
+i - 1 gives the logits of position i.  A2D-Qwen3 (dllm, github.com/ZHZisZZ/dllm) is Qwen3.
 """
 
 from pathlib import Path
@@ -24,7 +23,8 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-LLAMA_FIELD = {  # of each field of LLaDA's config.json that says how large the model is
+# Llama's name of each field of LLaDA's config.json that says how large the model is
+LLAMA_FIELD = {
     "d_model": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -51,7 +51,7 @@ LLAMA_SHAPED = {
     "clip_qkv": (None,),
     "block_group_size": (1, None),
 }
-# of each module of a LLaDA block; both of its gated halves are matrices of their own
+# Llama's name of each module of a LLaDA block; both of its gated halves are matrices of their own
 LLAMA_MODULE = {
     "attn_norm": "input_layernorm",
     "q_proj": "self_attn.q_proj",
@@ -70,23 +70,21 @@ class _Bidirectional:
 
     def __post_init__(self, **kwargs):
         kwargs.pop("auto_map", None)  # names Python files that a saved folder would not hold
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         self.is_causal = False
         self.use_cache = False
 
 
 class LladaConfig(_Bidirectional, LlamaConfig):
-    """Llama's fields; a config.json with LLaDA's own is translated, and refused where the network
-    is not Llama's.
-    """
+    """Llama's fields; LLaDA's own are translated, or refused where the network is not Llama's."""
 
     model_type = "llada"
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        return super().from_dict(
-            _llama_fields(config_dict) if "d_model" in config_dict else config_dict, **kwargs
-        )
+    def from_dict(cls, config_dict: dict, **kwargs):
+        if "d_model" in config_dict:
+            config_dict = _llama_fields(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
 
 class DreamConfig(_Bidirectional, Qwen2Config):
@@ -142,47 +140,41 @@ def read_config(name: str | Path) -> PreTrainedConfig:
     kind = fields.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise ValueError(
-            f"{name} has model_type {kind!r}, for which there is no native class; there are {', '.join(MODELS)}"
+            f"{name} has model_type {kind!r}, for which there is no native class; "
+            f"there are {', '.join(MODELS)}"
         )
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if getattr(config, "is_causal", True):
         raise ValueError(
-            f"{name} is causal, a {kind!r}: a diffusion model needs bidirectional attention, as {', '.join(MODELS)} have it"
+            f"{name} is causal, a {kind!r}: a diffusion model needs bidirectional attention, "
+            f"as {', '.join(MODELS)} have it"
         )
     return config
 
 
 def _llama_fields(llada: dict) -> dict:
-    """Llama's config fields from LLaDA's; where one is left out, the value that LLaDA's own
-    ModelConfig gives it.
+    """Llama's config fields from LLaDA's.
+
+    A field that is left out has the value that LLaDA's own ModelConfig gives it.
     """
     wrong = [f for f, allowed in LLAMA_SHAPED.items() if llada.get(f) not in allowed]
     if wrong:
-        found, wanted = (
-            {f: values.get(f, "left out") for f in wrong}
-            for values in (llada, {f: v[0] for f, v in LLAMA_SHAPED.items()})
-        )
+        stated = {f: llada.get(f, "left out") for f in wrong}
+        needed = {f: LLAMA_SHAPED[f][0] for f in wrong}
         raise ValueError(
-            f"a LLaDA variant that is not Llama-shaped: {found} where {wanted} is needed"
+            f"a LLaDA variant that is not Llama-shaped: {stated} where {needed} is needed"
         )
     given = {field: value for field, value in llada.items() if value is not None}
     given.setdefault("n_kv_heads", 1 if given.get("multi_query_attention") else given["n_heads"])
     given.setdefault("mlp_hidden_size", given.get("mlp_ratio", 4) * given["d_model"])
     given = {"weight_tying": True, "rms_norm_eps": 1e-5} | given
-    kept = {
-        field: llada.get(field)
-        for field in ("model_type", "mask_token_id", "eos_token_id", "pad_token_id")
+    renamed = {new: given[old] for old, new in LLAMA_FIELD.items()}
+    kept = ("model_type", "mask_token_id", "eos_token_id", "pad_token_id")
+    rope_theta = given.get("rope_theta", 10000.0)
+    return renamed | {
+        **{field: llada.get(field) for field in kept},
+        "vocab_size": given.get("embedding_size", given["vocab_size"]),
+        "bos_token_id": None,
+        "dtype": llada.get("torch_dtype"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
     }
-    return (
-        {new: given[old] for old, new in LLAMA_FIELD.items()}
-        | kept
-        | {
-            "vocab_size": given.get("embedding_size", given["vocab_size"]),
-            "bos_token_id": None,
-            "dtype": llada.get("torch_dtype"),
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": given.get("rope_theta", 10000.0),
-            },
-        }
-    )

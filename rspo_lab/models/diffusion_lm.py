@@ -1,10 +1,10 @@
-"""The diffusion model: a Hugging Face transformer made bidirectional, scored and sampled through
-one small wrapper.
+"""The diffusion model: one small wrapper that scores and samples a bidirectional transformer.
 
 Shapes: B sequences, P prompt tokens (left-padded), L completion tokens, V vocabulary.
 Log-probabilities in nats.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +15,36 @@ from transformers import PreTrainedTokenizerFast
 
 from rspo_lab.batch import Batch
 from rspo_lab.distributed import ALONE, whole
-from rspo_lab.models.kv_cache import Held
+from rspo_lab.models.kv_cache import BlockCache
 from rspo_lab.models.vocabulary_head import head_logits, token_logp
 
 
 class DiffusionLM(nn.Module):
-    """A bidirectional transformer with its tokenizer, as a denoiser and as the sampler's logits.
+    """A bidirectional Hugging Face transformer with its tokenizer.
 
-    `forward(batch, hidden)` is the denoiser that estimators and oracle call; it puts the head on
-    the hidden rows only. Ids that stand for no text (the mask, ids beyond the tokenizer) have
-    probability 0 in scores and samples alike. Where a model's state at position i - 1 gives the
-    logits of i (Dream), both shift; position 0 then keeps its own state.
+    `forward(batch, hidden)` is the denoiser that estimators and oracle call: it puts the head on
+    the hidden rows only.  `logits` and `cached_logits` are what the sampler calls.  Ids that stand
+    for no text (the mask, ids beyond the tokenizer) have probability 0 in scores and samples alike.
+    Where a model's state at position i - 1 gives the logits of i (Dream), both shift; position 0
+    then keeps its own state.
     """
 
     hf: Any  # a transformers model or peft's; torch types what a module has as a tensor or a module
     tokenizer: Any
     mask_id: Any
-    banned: Bool[Tensor, "V"]
+    banned: Bool[Tensor, " V"]
 
     def __init__(self, hf: Any, tokenizer: PreTrainedTokenizerFast):
         super().__init__()
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
             raise ValueError(
-                "the tokenizer needs a mask token and a pad token: set tokenizer.mask_token and .pad_token"
+                "the tokenizer needs a mask token and a pad token: "
+                "set tokenizer.mask_token and .pad_token"
             )
-        self.hf, self.tokenizer, self.mask_id = hf, tokenizer, tokenizer.mask_token_id
-        self.world = (
-            ALONE  # in a world of several processes each call of `forward` shares out its rows
-        )
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.mask_id = tokenizer.mask_token_id
+        self.world = ALONE  # of several processes, each has its share of the rows of a `forward`
         banned = torch.ones(hf.config.vocab_size, dtype=torch.bool)
         banned[list(tokenizer.get_vocab().values())] = False
         banned[self.mask_id] = True  # pyright: ignore[reportArgumentType]
@@ -59,7 +61,8 @@ class DiffusionLM(nn.Module):
 
     def forward(self, batch: Batch, hidden: Bool[Tensor, "B L"]) -> Float[Tensor, "B L"]:
         """log q(y_i | x, y without the hidden tokens) at the hidden positions, 0 elsewhere."""
-        mine, rows = self.world.share(len(batch)), len(batch)
+        rows = len(batch)
+        mine = self.world.share(rows)
         batch, hidden = batch.rows(mine), hidden[mine]
         ids = torch.cat([batch.prompt, batch.completion.masked_fill(hidden, self.mask_id)], 1)
         states = self._states(ids, batch.prompt_valid)[:, batch.prompt.shape[1] :]
@@ -72,15 +75,14 @@ class DiffusionLM(nn.Module):
     def logits(
         self, ids: Int[Tensor, "B S"], prompt_valid: Bool[Tensor, "B P"], start: int, stop: int
     ) -> Float[Tensor, "B n V"]:
-        """Logits of positions start..stop given all of `ids`, each process its own; -inf where an
-        id stands for no text.
+        """Logits of the tokens at start..stop given all of `ids`; -inf for an id without text.
+
+        Of several processes each has its own ids.
         """
-        return head_logits(
-            self._states(ids, prompt_valid)[:, start:stop], self._base.lm_head.weight, self.banned
-        )
+        return self._head(self._states(ids, prompt_valid)[:, start:stop])
 
     @torch.no_grad()
-    def hold(
+    def cached_logits(
         self,
         ids: Int[Tensor, "B S"],
         prompt_valid: Bool[Tensor, "B P"],
@@ -88,69 +90,76 @@ class DiffusionLM(nn.Module):
         stop: int,
         *,
         suffix: bool,
-    ):
-        """(`logits`, a function that gives them again for ids that differ in start..stop only), in
-        less time and approximately.
+    ) -> tuple[Float[Tensor, "B n V"], Callable[[Tensor], Tensor]]:
+        """(`logits`, a function that gives them again for ids that differ in start..stop only).
 
-        Keys and values of what stands before `start`, and with `suffix` of what stands from `stop`
-        on, stay those of these ids. Exact until the ids change, and where there is one layer.
+        The function takes less time and is approximate: keys and values of the positions before
+        `start`, and with `suffix` of those from `stop` on, stay those of the ids given here.  It is
+        exact until the ids change, and for a model of one layer.
         """
-        held, first = Held(), max(start - getattr(self._base, "shifted", False), 0)
-        states = self._states(ids, prompt_valid, held)
-        held.close(first, end := stop if suffix else ids.shape[1])
-        where = torch.arange(first, end, device=ids.device)[None]
+        cache = BlockCache()
+        states = self._states(ids, prompt_valid, cache)
+        first = max(start - self._shift, 0)
+        end = stop if suffix else ids.shape[1]
+        cache.freeze(first, end)
+        positions = torch.arange(first, end, device=ids.device)[None]
 
-        def again(ids):
-            return self.held_logits(ids[:, first:end], prompt_valid[:, :first], held, where)[
-                :, start - first : stop - first
-            ]
+        def again(ids: Tensor) -> Tensor:
+            logits = self.logits_beside_cache(
+                ids[:, first:end], prompt_valid[:, :first], cache, positions
+            )
+            return logits[:, start - first : stop - first]
 
-        return head_logits(states[:, start:stop], self._base.lm_head.weight, self.banned), again
+        return self._head(states[:, start:stop]), again
 
     @torch.no_grad()
-    def held_logits(
+    def logits_beside_cache(
         self,
         ids: Int[Tensor, "B n"],
-        held_valid: Bool[Tensor, "B P"],
-        held: Held,
-        where: Int[Tensor, "1 n"],
-    ):
-        """Logits of the ids at positions `where`, beside what is held."""
-        return head_logits(
-            self._states(ids, held_valid, held, position_ids=where),
-            self._base.lm_head.weight,
-            self.banned,
-        )
+        prompt_valid: Bool[Tensor, "B P"],
+        cache: BlockCache,
+        positions: Int[Tensor, "1 n"],
+    ) -> Float[Tensor, "B n V"]:
+        """Logits of the ids at `positions`, which attend to each other and to the cache."""
+        return self._head(self._states(ids, prompt_valid, cache, position_ids=positions))
 
-    def _states(self, ids, prompt_valid, held=None, **more):
-        mask = None
-        if not prompt_valid.all():
-            keys = ids.shape[1] + (held.get_seq_length() if held else 0)
-            mask = torch.cat(
-                [prompt_valid, prompt_valid.new_ones(len(ids), keys - prompt_valid.shape[1])], 1
-            )
-            if (
-                self._base.config._attn_implementation == "sdpa"
-            ):  # takes a mask that broadcasts over queries as it is
-                mask = mask[:, None, None, :]
+    def _states(
+        self,
+        ids: Int[Tensor, "B n"],
+        prompt_valid: Bool[Tensor, "B P"],
+        cache: BlockCache | None = None,
+        **more,
+    ) -> Float[Tensor, "B n H"]:
+        """The states that give the logits of each of `ids`; P may include cached positions only."""
+        cached = 0 if cache is None else cache.get_seq_length()
         with self.precision():
-            found = self._base.model(
+            output = self._base.model(
                 input_ids=ids,
-                attention_mask=mask,
-                cache=held,
-                use_cache=held is not None,
+                attention_mask=self._attention_mask(prompt_valid, cached + ids.shape[1]),
+                cache=cache,
+                use_cache=cache is not None,
                 **more,
             )
-        states = found.last_hidden_state
-        return (
-            torch.cat([states[:, :1], states[:, :-1]], 1)
-            if getattr(self._base, "shifted", False)
-            else states
-        )
+        states = output.last_hidden_state
+        return torch.cat([states[:, :1], states[:, :-1]], 1) if self._shift else states
+
+    def _attention_mask(self, prompt_valid: Bool[Tensor, "B P"], keys: int) -> Tensor | None:
+        """Which of `keys` positions may be attended to; None: all of them."""
+        if prompt_valid.all():
+            return None
+        rows, width = prompt_valid.shape
+        mask = torch.cat([prompt_valid, prompt_valid.new_ones(rows, keys - width)], 1)
+        if self._base.config._attn_implementation == "sdpa":
+            return mask[:, None, None, :]  # sdpa takes a mask that broadcasts over queries as it is
+        return mask
+
+    def _head(self, states: Float[Tensor, "B n H"]) -> Float[Tensor, "B n V"]:
+        return head_logits(states, self._base.lm_head.weight, self.banned)
 
     def precision(self) -> torch.autocast:
-        """The context of a forward of `hf`: adapters, kept in float32 for the optimizer, multiply
-        in a base's half precision.
+        """The context of a forward of `hf`.
+
+        Adapters, kept in float32 for the optimizer, multiply in a base's half precision.
         """
         dtype = self._base.lm_head.weight.dtype
         return torch.autocast(
@@ -159,15 +168,23 @@ class DiffusionLM(nn.Module):
 
     @property
     def _base(self) -> Any:
+        """The transformer without its adapters' wrapper."""
         return self.hf.get_base_model() if self.adapted else self.hf
+
+    @property
+    def _shift(self) -> int:
+        """1 where the state of the position before gives a position's logits, else 0."""
+        return int(getattr(self._base, "shifted", False))
 
     def encode(self, texts: list[str]) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
         """(ids, is text), left-padded to the longest; a mask token inside a text is an error."""
         rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         for row, text in zip(rows, texts):
             if self.mask_id in row or self.tokenizer.unk_token_id in row:
-                why = "it holds the mask token or an unknown character (is the model one for this task?)"
-                raise ValueError(f"the tokenizer cannot write {text[:60]!r}: {why}")
+                raise ValueError(
+                    f"the tokenizer cannot write {text[:60]!r}: it holds the mask token or an "
+                    "unknown character (is the model one for this task?)"
+                )
         width = max(len(row) for row in rows)
         ids = torch.tensor(
             [[self.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
@@ -176,9 +193,7 @@ class DiffusionLM(nn.Module):
         return ids.to(self.device), text.to(self.device)
 
     def encode_canvas(self, canvases: list[str]) -> Int[Tensor, "B L"]:
-        """Completions to start decoding from, one token a character, the mask id for each "?"; all
-        of one length.
-        """
+        """Completions of one length to start decoding from: a token per character, "?" the mask."""
         rows = [
             [self.mask_id if c == "?" else self.tokenizer.convert_tokens_to_ids(c) for c in canvas]
             for canvas in canvases
@@ -187,15 +202,10 @@ class DiffusionLM(nn.Module):
 
     def decode(self, completion: Int[Tensor, "B L"]) -> list[str]:
         """The text of each row up to its first end-of-text token."""
-        end, texts = self.tokenizer.eos_token_id, []
-        for row in completion.tolist():
-            row = row[: row.index(end)] if end in row else row
-            texts.append(
-                self.tokenizer.decode(
-                    row, skip_special_tokens=False, clean_up_tokenization_spaces=False
-                )
-            )
-        return texts
+        end = self.tokenizer.eos_token_id
+        rows = [row[: row.index(end)] if end in row else row for row in completion.tolist()]
+        as_they_are = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return [self.tokenizer.decode(row, **as_they_are) for row in rows]
 
     def save(self, folder: Path, *, original_names: bool = False) -> None:
         """Model (or adapter) and tokenizer as an ordinary Hugging Face checkpoint in safetensors.
@@ -204,14 +214,13 @@ class DiffusionLM(nn.Module):
         own code reads once its own config.json takes the place of ours; `load` reads both.  The
         other models' names are their original ones.
         """
-        wanted = {
-            name: t
-            for name, t in self.hf.state_dict().items()
+        state = {
+            name: tensor
+            for name, tensor in self.hf.state_dict().items()
             if "lora_" in name or not self.adapted
         }
-        state = whole(
-            wanted, keep=self.world.rank == 0
-        )  # under FSDP2 all processes bring their parts together, and the first one writes
+        # under FSDP2 all processes bring their parts together, and the first one writes
+        state = whole(state, keep=self.world.rank == 0)
         if self.world.rank:
             return
         if self.adapted:  # adapters never hold embeddings; "auto" would ask the hub
@@ -222,8 +231,9 @@ class DiffusionLM(nn.Module):
 
 
 def shard(model: DiffusionLM) -> None:
-    """Spreads the weights over the processes of a world, layer by layer (FSDP2); then no parts of
-    it may be called by themselves.
+    """Spreads the weights over the processes of a world, layer by layer (FSDP2).
+
+    Afterwards only the methods registered here and `forward` may be called, no part by itself.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -231,5 +241,5 @@ def shard(model: DiffusionLM) -> None:
     mesh = init_device_mesh(model.world.device, (model.world.size,))
     for part in (*model._base.model.layers, model):
         fully_shard(part, mesh=mesh)
-    for name in ("logits", "hold", "held_logits"):
+    for name in ("logits", "cached_logits", "logits_beside_cache"):
         register_fsdp_forward_method(model, name)

@@ -1,40 +1,41 @@
-"""Keys and values of a sequence, held while a block of it is decoded: approximate, for they see the
-tokens that stood there before.
+"""A block's cache: keys and values of the positions around it, computed once per block.
+
+Approximate: they belong to the tokens that stood in the block when they were computed.
 
 Shapes: B sequences of S tokens, h heads, D width of a head.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
-KINDS = (
-    "none",
-    "prefix",
-    "dual",
-)  # what is held: nothing, what stands before the block, or also what stands behind it
 
+class BlockCache(DynamicCache):
+    """Filled by one forward; once frozen, later forwards read it and add nothing to it.
 
-class Held(DynamicCache):
-    """Filled by one forward; once `closed` it is read by others, and they add nothing to it.
     (Fast-dLLM, arXiv:2505.22618)
     """
 
-    closed = False
+    layers: Any  # each with its keys and values
+    frozen = False
 
-    def close(self, first: int, end: int) -> None:
-        """Drops positions first..end, which the forwards to come bring along."""
+    def freeze(self, start: int, stop: int) -> None:
+        """Drops the positions start..stop, which the forwards to come bring along."""
         for layer in self.layers:
-            layer.keys, layer.values = (
-                torch.cat([kv[:, :, :first], kv[:, :, end:]], 2)
-                for kv in (layer.keys, layer.values)
-            )
-        self.closed = True
+            layer.keys = torch.cat([layer.keys[:, :, :start], layer.keys[:, :, stop:]], 2)
+            layer.values = torch.cat([layer.values[:, :, :start], layer.values[:, :, stop:]], 2)
+        self.frozen = True
 
-    def update(self, keys, values, layer_idx, *args, **kwargs):
-        """(held and new keys, held and new values) of a layer, (B, h, S, D); the new ones stand
-        last, which attention does not mind.
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """(cached and new keys, cached and new values) of a layer, (B, h, S, D).
+
+        The new ones stand last: attention does not depend on their order.
         """
-        if not self.closed:
+        if not self.frozen:
             return super().update(keys, values, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         return torch.cat([layer.keys, keys], 2), torch.cat([layer.values, values], 2)

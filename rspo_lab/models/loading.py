@@ -1,12 +1,17 @@
-"""Checkpoints read from a folder or the hub, and small models made here; strict about what is found."""
+"""Models from checkpoints in a folder or on the hub, read strictly, and small untrained ones."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as hf_logging
 
 from rspo_lab.models.adapters import multiply_in_base_precision
@@ -16,7 +21,6 @@ from rspo_lab.models.tokenizer import char_tokenizer, read_tokenizer
 
 if not sys.stderr.isatty():  # bars only where somebody watches them move
     hf_logging.disable_progress_bar()
-
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -28,8 +32,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
 ) -> DiffusionLM:
-    """A checkpoint from a local folder, one of the project's own (`base-sudoku`), or a hub name;
-    strict about what it finds.
+    """A checkpoint from a local folder, one of the project's own (`base-sudoku`), or a hub name.
 
     LLaDA, Dream and A2D-Qwen3 are read in their published layout or in transformers', without any
     code of theirs.  A folder of LoRA adapters, as training saves them, is loaded on top of the base
@@ -40,25 +43,41 @@ def load(
     that are missing, unexpected, of another shape or pickled, for a causal model, and for an
     architecture that has no native class.
     """
-    name, device = find(name), _device(device)
-    if (Path(name) / "adapter_config.json").is_file():
-        from peft import PeftModel
+    folder = find(name)
+    device = _device(device)
+    if (Path(folder) / "adapter_config.json").is_file():
+        return _load_adapters(Path(folder), device, dtype, attention)
+    config = read_config(folder)
+    tokenizer = read_tokenizer(folder, config)
+    hf = _read_weights(folder, config, dtype, attention)
+    model = DiffusionLM(hf.eval(), tokenizer).to(device)
+    _assert_bidirectional(hf, str(folder))
+    return model
 
-        base_name = json.loads((Path(name) / "adapter_config.json").read_text())[
-            "base_model_name_or_path"
-        ]
-        base = load(base_name, device=device, dtype=dtype, attention=attention)
-        base.hf = PeftModel.from_pretrained(
-            base.hf, name, is_trainable=True
-        ).eval()  # without the dropout that its training may have had
-        return multiply_in_base_precision(base)
-    config = read_config(name)
-    tokenizer = read_tokenizer(name, config)
+
+def _load_adapters(folder: Path, device: str, dtype: torch.dtype, attention: str) -> DiffusionLM:
+    """The base that a folder of LoRA adapters names, with these adapters, trainable."""
+    from peft import PeftModel
+
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    model = load(fields["base_model_name_or_path"], device=device, dtype=dtype, attention=attention)
+    adapted = PeftModel.from_pretrained(model.hf, folder, is_trainable=True)
+    model.hf = adapted.eval()  # without the dropout that its training may have had
+    return multiply_in_base_precision(model)
+
+
+def _read_weights(
+    name: str | Path, config: PreTrainedConfig, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    """The network of a folder or hub name; ValueError unless its tensors are exactly those named in
+    the checkpoint, in safetensors.
+    """
     if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
         raise ValueError(
-            f"no safetensors in {name}: pickled weights (.bin) can run code and are not read; save them as safetensors"
+            f"no safetensors in {name}: pickled weights (.bin) can run code and are not read; "
+            "save them as safetensors"
         )
-    hf, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         name,
         config=config,
         dtype=dtype,
@@ -66,38 +85,37 @@ def load(
         use_safetensors=True,
         output_loading_info=True,
         trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # which are reported and refused with the others below
+        ignore_mismatched_sizes=True,  # they are reported, and refused with the others below
     )
+    hf, report = loaded
     wrong = {
-        kind: sorted(map(str, found[kind]))[:3]
+        kind: sorted(map(str, report[kind]))[:3]
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if found[kind]
+        if report[kind]
     }
     if wrong:
         raise ValueError(f"{name} is not a checkpoint of {type(hf).__name__}: {wrong}")
-    model = DiffusionLM(hf.eval(), tokenizer).to(device)
-    _assert_bidirectional(hf, str(name))
-    return model
+    return hf
 
 
 def find(name: str | Path) -> str | Path:
-    """The folder of a checkpoint if there is one, else what can only be a hub name, "owner/model";
-    or FileNotFoundError.
+    """The folder of a checkpoint if there is one, else what can only be a hub name, "owner/model".
+
+    Raises FileNotFoundError for a name that is neither.
     """
     for folder in (Path(name), DATA / name):
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return folder
     if Path(name).is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
         raise FileNotFoundError(
-            f"no model at {name}: give a folder with config.json, one of data/base-*, or a hub name owner/model"
+            f"no model at {name}: give a folder with config.json, one of data/base-*, "
+            "or a hub name owner/model"
         )
     return name
 
 
 def tiny(chars: str, *, seed: int, layers: int = 3, width: int = 96) -> DiffusionLM:
-    """A freshly initialised small model over a character vocabulary; about 335k parameters by
-    default.
-    """
+    """An untrained small model over a character vocabulary; about 335k parameters by default."""
     return untrained(
         char_tokenizer(chars),
         seed=seed,
@@ -121,12 +139,11 @@ def untrained(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> DiffusionLM:
-    """A freshly initialised model of LLaDA's architecture, made on its device and in its dtype:
-    there is no copy in another.
+    """An untrained model of LLaDA's architecture, initialised in place on its device and dtype.
 
     ffn: width of the gated layer; positions: the longest sequence.
     """
-    device = torch.device(_device(device))
+    place = torch.device(_device(device))
     config = LladaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -136,36 +153,36 @@ def untrained(
         num_key_value_heads=heads,
         max_position_embeddings=positions,
         tie_word_embeddings=False,
-        mask_token_id=tokenizer.mask_token_id,
+        mask_token_id=tokenizer.mask_token_id,  # pyright: ignore[reportCallIssue]
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    on_gpu = device.type == "cuda"
-    with (
-        torch.random.fork_rng(devices=[device] if on_gpu else []),
-        device,
-    ):  # transformers initialises from the global generator
+    on_gpu = place.type == "cuda"
+    # transformers initialises from the global generator, which is put back afterwards
+    with torch.random.fork_rng(devices=[place] if on_gpu else []), place:
         (torch.cuda if on_gpu else torch.default_generator).manual_seed(seed)
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     _assert_bidirectional(hf, "the untrained model")
-    return DiffusionLM(hf.eval(), tokenizer).to(device)
+    return DiffusionLM(hf.eval(), tokenizer).to(place)
 
 
 def _device(name: str) -> str:
     """The device of that name; "auto" is cuda where there is one, else the CPU."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, and torch sees no GPU here: give cpu or auto")
     return name
 
 
-def _assert_bidirectional(hf: nn.Module, name: str) -> None:
+def _assert_bidirectional(hf: PreTrainedModel, name: str) -> None:
     """Raises unless the last token changes what the model says about the first."""
     ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=hf.device)
     with torch.no_grad():
         first = hf(input_ids=ids, use_cache=False).logits[:, 0].float()
     if torch.equal(first[0], first[1]):
         raise ValueError(
-            f"{name} is causal: a diffusion model needs bidirectional attention (config.is_causal = false)"
+            f"{name} is causal: a diffusion model needs bidirectional attention "
+            "(config.is_causal = false)"
         )

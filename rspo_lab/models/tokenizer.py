@@ -1,6 +1,4 @@
-"""Tokenizers: one a character, built in code, and those that checkpoints bring; mask, pad and
-end-of-text ids for all.
-"""
+"""Tokenizers with mask, pad and end-of-text ids: of characters, or those that checkpoints bring."""
 
 from pathlib import Path
 
@@ -11,7 +9,7 @@ FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either is a whole
 
 
 def char_tokenizer(chars: str) -> PreTrainedTokenizerFast:
-    """One token a character, and <pad>, <eos>, <mask>, <unk>; an ordinary Hugging Face tokenizer."""
+    """A Hugging Face tokenizer with a token per character, and <pad>, <eos>, <mask>, <unk>."""
     special = ["<pad>", "<eos>", "<mask>", "<unk>"]
     vocabulary = {token: i for i, token in enumerate(special + sorted(set(chars)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -29,8 +27,8 @@ def char_tokenizer(chars: str) -> PreTrainedTokenizerFast:
 
 
 def read_tokenizer(name: str | Path, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint; a mask, pad or end-of-text token that it does not name is the
-    one of `config`.
+    """The tokenizer of a checkpoint, with the mask, pad and end-of-text tokens of `config` where it
+    names none.
 
     Dream's own class is Python code in its folder; what it does is Qwen2's byte-level BPE, which is
     used in its place.
@@ -47,31 +45,40 @@ def read_tokenizer(name: str | Path, config: PreTrainedConfig) -> PreTrainedToke
         )
     kind = Qwen2Tokenizer if config.model_type == "Dream" else AutoTokenizer
     tokenizer = kind.from_pretrained(name, trust_remote_code=False)
-    tokenizer.init_kwargs.pop(
-        "auto_map", None
-    )  # names a Python file that a saved folder would not hold
+    # names a Python file that a saved folder would not hold
+    tokenizer.init_kwargs.pop("auto_map", None)
     for role in ("mask", "pad", "eos"):
-        given, stated = (
-            getattr(tokenizer, f"{role}_token_id"),
-            getattr(config, f"{role}_token_id", None),
-        )
-        if given is None and stated is None:
-            raise ValueError(
-                f"{name} names no {role} token: set {role}_token_id in config.json or {role}_token in tokenizer_config.json"
-            )
-        if role == "mask" and None not in (given, stated) and given != stated:
-            raise ValueError(
-                f"{name} has two mask tokens: id {given} in the tokenizer, {stated} in config.json"
-            )
-        if given is None:
-            token = tokenizer.convert_ids_to_tokens(stated)
-            if token is None:
-                raise ValueError(
-                    f"{name} has {role}_token_id {stated} in config.json, which is no token of its tokenizer"
-                )
-            setattr(tokenizer, f"{role}_token", token)
-    if (last := max(tokenizer.get_vocab().values())) >= config.vocab_size:
+        _set_special_token(tokenizer, config, role, name)
+    last = max(tokenizer.get_vocab().values())
+    if last >= config.vocab_size:
         raise ValueError(
             f"{name} has a tokenizer with ids up to {last}, and a model of {config.vocab_size} ids"
         )
     return tokenizer
+
+
+def _set_special_token(
+    tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, role: str, name: str | Path
+) -> None:
+    """Takes the special token of a role, such as "mask", from the config if the tokenizer names
+    none.
+    """
+    own_id = getattr(tokenizer, f"{role}_token_id")
+    config_id = getattr(config, f"{role}_token_id", None)
+    if own_id is None:
+        if config_id is None:
+            raise ValueError(
+                f"{name} names no {role} token: set {role}_token_id in config.json "
+                f"or {role}_token in tokenizer_config.json"
+            )
+        token = tokenizer.convert_ids_to_tokens(config_id)
+        if token is None:
+            raise ValueError(
+                f"{name} has {role}_token_id {config_id} in config.json, "
+                "which is no token of its tokenizer"
+            )
+        setattr(tokenizer, f"{role}_token", token)
+    elif role == "mask" and config_id not in (None, own_id):
+        raise ValueError(
+            f"{name} has two mask tokens: id {own_id} in the tokenizer, {config_id} in config.json"
+        )

@@ -1,5 +1,4 @@
-"""The vocabulary head: log-probabilities of given tokens without ever holding the logits of many
-rows.
+"""The vocabulary head: log-probabilities of given tokens, in memory that does not grow with n V.
 
 Shapes: n rows (hidden tokens), H width of a state, V vocabulary.  Log-probabilities in nats, in
 float32 or wider.
@@ -10,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**26  # logits held at a time: 256 MiB in float32, 530 rows of LLaDA's vocabulary
+CHUNK = 2**26  # logits in memory at once: 256 MiB in float32, 530 rows of LLaDA's vocabulary
 
 
 def head_logits(
@@ -27,31 +26,27 @@ def token_logp(
     banned: Bool[Tensor, " V"],
     chunk: int = CHUNK,
 ) -> Float[Tensor, " n"]:
-    """log softmax(states @ weight.T)[targets] over the ids that are not banned; `chunk` is the
-    number of logits held at a time.
+    """log softmax(states @ weight.T)[targets] over the ids that are not banned.
 
-    Up to `chunk` logits in all go through autograd as they are.  Above it the rows are cut into
-    pieces, forward and
-    backward, and logits are computed again for the gradient: one more product with the weight, and
-    memory that does not grow with n * V.  The gradient is exact (no small term is dropped); one to
-    a weight in half precision is summed over the pieces in that precision, and a frozen weight gets
-    and costs none.
+    At most `chunk` logits are in memory at once.  If all are no more, they go through autograd as
+    they are.  Else the rows are cut into pieces, forward and backward, and logits are computed
+    again for the gradient: one more product with the weight.  The gradient is exact (no small term
+    is dropped); one to a weight in half precision is summed over the pieces in that precision, and
+    a frozen weight gets and costs none.
     """
     if len(targets) * len(weight) <= chunk:
-        return (
-            head_logits(states, weight, banned).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        )
+        logp = head_logits(states, weight, banned).log_softmax(-1)
+        return logp.gather(-1, targets[:, None])[:, 0]
     return _TokenLogp.apply(states, weight, targets, banned, max(1, chunk // len(weight)))
 
 
 class _TokenLogp(torch.autograd.Function):
-    """d logp_t / d logits_v = 1[v = t] - p_v: the backward needs the states and each row's
-    logsumexp, not the logits.
-    """
+    """d logp_t / d logits_v = 1[v = t] - p_v, from the states and each row's logsumexp alone."""
 
     @staticmethod
     def forward(ctx, states, weight, targets, banned, rows):
-        logp, norm = [], []
+        logp = []
+        norm = []
         for some, ids in zip(states.split(rows), targets.split(rows)):
             logits = _wide(some @ weight.T).masked_fill_(banned, -torch.inf)
             norm.append(logits.logsumexp(-1))
@@ -79,5 +74,6 @@ class _TokenLogp(torch.autograd.Function):
         return to_states, to_weight, None, None, None
 
 
-def _wide(logits):
+def _wide(logits: Tensor) -> Tensor:
+    """In float32 or wider."""
     return logits if logits.dtype == torch.float64 else logits.float()

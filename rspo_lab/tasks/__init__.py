@@ -2,13 +2,12 @@
 
 Every task module offers `Example`, `examples(split, n, seed=)`, `read(path, n)`, `prompt(example,
 style)`, `solutions(example)`, `verdict(completion, example, protocol=, style=)`, `reward(...)` in
-[0, 1], `COMPACT_LENGTH` (tokens of a compact completion, one a character), `COMPACT_CHARS`
+[0, 1], `COMPACT_LENGTH` (tokens of a compact completion, one per character), `COMPACT_CHARS`
 (characters of compact prompts and completions), `TRAIN_PROBLEMS` (size of a training run's pool),
 `split_key(example)` (what splits may not share) and `canvas(example)` (the compact completion
-before
-decoding: "?" for a token to write; a diffusion model fills in around what stands there).  For
-benchmark files also `TEST_PROBLEMS` (size of an evaluation), `record(example)` and
-`from_record(row, where)` (a problem in a file of completions). gsm8k and math500 have no compact
+before decoding: "?" for a token to write; a diffusion model fills in around what stands there).
+For benchmark files also `TEST_PROBLEMS` (size of an evaluation), `record(example)` and
+`from_record(row, where)` (a problem in a file of completions).  gsm8k and math500 have no compact
 style, hence no `COMPACT_*`.  `reasoning_gym:<name>` is the task of one of that package's data sets:
 an object with the same names.
 """
@@ -21,20 +20,18 @@ from rspo_lab.tasks.gym import PREFIX, Gym
 
 TASKS = {"sudoku": sudoku, "countdown": countdown, "sums": sums, "gsm8k": gsm8k, "math500": math500}
 
-
 Task = ModuleType | Gym
 
 
 def task(name: str) -> Task:
-    """The task called `name`; ValueError with the nearest name if there is none, and as `Gym` says."""
+    """The task of that name.  Raises ValueError with the nearest name, and as `Gym` does."""
     if name in TASKS:
         return TASKS[name]
     if name.startswith(PREFIX):
         return Gym(name.removeprefix(PREFIX))
     near = difflib.get_close_matches(name, TASKS, n=1)
-    hint = (
-        f"did you mean {near[0]!r}?"
-        if near
-        else f"choose from {', '.join(sorted(TASKS))}, {PREFIX}<data set>"
-    )
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+    else:
+        hint = f"choose from {', '.join(sorted(TASKS))}, {PREFIX}<data set>"
     raise ValueError(f"unknown task {name!r}: {hint}")

@@ -17,13 +17,14 @@ from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
 
 from rspo_lab.tasks import countdown_d1
-from rspo_lab.tasks.lines import field, first, objects
+from rspo_lab.tasks.lines import field, first, line_name, objects
 from rspo_lab.tasks.verdict import (
     D1_EVAL_FORMAT,
     D1_FORMAT,
     PROTOCOLS,
     STYLES,
     Verdict,
+    all_or_nothing,
     one_of,
     strict_answer,
 )
@@ -38,20 +39,21 @@ PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 D1_PROMPT = (
     D1_FORMAT
     + """
-Using only the numbers {numbers}, create an arithmetic expression that evaluates to exactly {target}. You must use all numbers \
-from the list, and each number must be used exactly once. You may use the operations +, -, *, and / as needed. After reasoning, \
-provide only your final expression inside <answer></answer> tags without including an equals sign or the target number. For \
-example, if the numbers are [2, 3, 4] and the target is 5, a valid answer is: <answer>
+Using only the numbers {numbers}, create an arithmetic expression that evaluates to exactly \
+{target}. You must use all numbers from the list, and each number must be used exactly once. You \
+may use the operations +, -, *, and / as needed. After reasoning, provide only your final \
+expression inside <answer></answer> tags without including an equals sign or the target number. \
+For example, if the numbers are [2, 3, 4] and the target is 5, a valid answer is: <answer>
 2*4-3
 </answer>"""
 )  # d1, diffu-grpo/data_utils.py
 
 D1_EVAL_PROMPT = (
-    "Using only the provided numbers, create an arithmetic expression that evaluates to exactly the provided target number. You may use "
-    "the operations +, -, *, and / as needed, but each number must be used exactly once. Think step-by-step. After reasoning, provide only "
-    "your final expression inside \\boxed{} tags without including an equals sign or the target number. For example: \\boxed{a + b * c}"
-    + D1_EVAL_FORMAT
-    + "\n\n"
+    "Using only the provided numbers, create an arithmetic expression that evaluates to exactly "
+    "the provided target number. You may use the operations +, -, *, and / as needed, but each "
+    "number must be used exactly once. Think step-by-step. After reasoning, provide only your "
+    "final expression inside \\boxed{} tags without including an equals sign or the target number. "
+    "For example: \\boxed{a + b * c}" + D1_EVAL_FORMAT + "\n\n"
 )  # d1, eval/countdown.py: no line break before the format
 
 
@@ -64,40 +66,41 @@ class Example:
 
 @cache
 def problems(split: str) -> tuple[tuple[tuple[int, ...], int], ...]:
-    """All (sorted numbers, target) of a split: sorted, disjoint from the other split's, solvable."""
-    found = []
-    for numbers in combinations_with_replacement(range(1, 10), 3):
-        for target in sorted(_reachable(numbers)):
-            digest = hashlib.sha256(f"{numbers}={target}".encode()).digest()
-            if 1 <= target <= 99 and (int.from_bytes(digest[:8]) % 100 < TEST_PERCENT) == (
-                split == "test"
-            ):
-                found.append((numbers, target))
-    return tuple(found)
+    """All solvable (sorted numbers, target) of a split, sorted; no two splits share one."""
+    return tuple(
+        (numbers, target)
+        for numbers in combinations_with_replacement(range(1, 10), 3)
+        for target in sorted(_reachable(numbers))
+        if 1 <= target <= 99 and _in_test(numbers, target) == (split == "test")
+    )
+
+
+def _in_test(numbers: tuple[int, ...], target: int) -> bool:
+    digest = hashlib.sha256(f"{numbers}={target}".encode()).digest()
+    return int.from_bytes(digest[:8]) % 100 < TEST_PERCENT
 
 
 @cache
 def _reachable(numbers: tuple[int, ...]) -> dict[int, list[str]]:
     """Value -> all distinct flat two-digit expressions over + - * that use each number once."""
-    found: dict[int, list[str]] = {}
+    expressions: dict[int, list[str]] = {}
     for order in sorted(set(permutations(numbers))):
-        for signs in product("+-*", repeat=len(order) - 1):
-            later = (
-                sign + _two_digits(number) for sign, number in zip(signs, order[1:], strict=True)
-            )
-            found.setdefault(_flat_value(order, signs), []).append(
-                _two_digits(order[0]) + "".join(later)
-            )
-    return found
+        first, *others = map(_two_digits, order)
+        for signs in product("+-*", repeat=len(others)):
+            terms = [sign + number for sign, number in zip(signs, others)]
+            expressions.setdefault(_flat_value(order, signs), []).append("".join([first, *terms]))
+    return expressions
 
 
 def _flat_value(numbers: tuple[int, ...], signs: tuple[str, ...]) -> int:
-    total, term = 0, numbers[0]
+    total = 0
+    term = numbers[0]
     for sign, number in zip(signs, numbers[1:], strict=True):
         if sign == "*":
             term *= number
         else:
-            total, term = total + term, number if sign == "+" else -number
+            total += term
+            term = number if sign == "+" else -number
     return total + term
 
 
@@ -108,48 +111,47 @@ def _two_digits(number: int) -> str:
 
 
 def examples(split: str, n: int, *, seed: int) -> list[Example]:
-    """n different problems of a split, numbers in random order; a longer list starts with the
-    shorter one.
+    """n different problems of a split, numbers in random order.
 
-    ValueError for another split than "train" or "test", or if the split has fewer than n.
+    A longer list starts with the shorter one.  ValueError for another split than "train" or "test",
+    or if the split has fewer than n.
     """
     pool = list(problems(one_of(split, ("train", "test"), "split")))
     if not 0 <= n <= len(pool):
         raise ValueError(f"asked for {n} countdown {split} problems; the maximum is {len(pool)}")
     rng = random.Random(seed)
     rng.shuffle(pool)
-    found = []
+    chosen = []
     for numbers, target in pool[:n]:
         name = f"countdown-{','.join(map(str, numbers))}={target}"
-        found.append(Example(name, tuple(rng.sample(numbers, len(numbers))), target))
-    return found
+        chosen.append(Example(name, tuple(rng.sample(numbers, len(numbers))), target))
+    return chosen
 
 
 def read(path: str | Path, n: int | None = None) -> list[Example]:
-    """The first n problems (all if None) of a jsonl file of `{"input": "30,100,93", "output":
-    "23"}` (d1's format).
+    """The first n problems, all if None, of a jsonl file in d1's format.
 
-    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row,
-    or if there are fewer than n.
+    A row is `{"input": "30,100,93", "output": "23"}`.  FileNotFoundError if there is no such file;
+    ValueError naming file and line on a malformed row, or if there are fewer than n.
     """
-    found = []
+    rows = []
     for where, row in objects(path):
-        listed, target = field(row, "input", str, where), field(row, "output", str, where)
+        listed = field(row, "input", str, where)
+        target = field(row, "output", str, where)
         if not re.fullmatch(r"[0-9]{1,9}(, ?[0-9]{1,9})+", listed) or not re.fullmatch(
             "-?[0-9]{1,9}", target
         ):
             raise ValueError(
-                f'{where}: input {listed[:40]!r}, output {target[:40]!r}; write them as "30,100,93" and "23"'
+                f"{where}: input {listed[:40]!r}, output {target[:40]!r}; "
+                'write them as "30,100,93" and "23"'
             )
-        name = f"{Path(path).name}:{where.rpartition(':')[2]}"
-        found.append(Example(name, tuple(int(number) for number in listed.split(",")), int(target)))
-    return first(found, n, path)
+        numbers = tuple(int(number) for number in listed.split(","))
+        rows.append(Example(line_name(where), numbers, int(target)))
+    return first(rows, n, path)
 
 
 def prompt(example: Example, style: str) -> str:
-    """Compact: "03,07,02=23:".  d1, d1-eval: the published messages of training and evaluation (one
-    user turn, no system turn).
-    """
+    """Compact: "03,07,02=23:".  d1, d1-eval: the published messages, one user turn alone."""
     if one_of(style, STYLES, "style") == "compact":
         return f"{','.join(map(_two_digits, example.numbers))}={_two_digits(example.target)}:"
     if style == "d1-eval":
@@ -176,7 +178,8 @@ def from_record(row: dict, where: str) -> Example:
             return Example(where, tuple(numbers), target)
         case other:
             raise ValueError(
-                f"{where}: ground_truth {str(other)[:60]}; write [numbers, target], such as [[30, 100, 93], 23]"
+                f"{where}: ground_truth {str(other)[:60]}; "
+                "write [numbers, target], such as [[30, 100, 93], 23]"
             )
 
 
@@ -191,8 +194,9 @@ def canvas(example: Example) -> str:
 
 
 def solutions(example: Example) -> list[str]:
-    """All compact completions (flat, + - *, two digits a number) that hit the target; may be empty
-    for problems from a file.
+    """All compact completions (flat, + - *, two digits per number) that hit the target.
+
+    There may be none for problems from a file.
     """
     return list(_reachable(tuple(sorted(example.numbers))).get(example.target, []))
 
@@ -205,9 +209,7 @@ def reward(
 
 
 def verdict(completion: str, example: Example, *, protocol: str, style: str) -> Verdict:
-    """Components: `solved`; `legal`, an expression that uses exactly the given numbers, whatever it
-    is worth.
-    """
+    """Components: `solved`; `legal`, an expression of exactly the given numbers, of any value."""
     if one_of(protocol, PROTOCOLS, "protocol") == "d1":
         compact = one_of(style, STYLES, "style") == "compact"
         failure = countdown_d1.fault(completion, example.numbers, example.target, compact=compact)
@@ -216,9 +218,7 @@ def verdict(completion: str, example: Example, *, protocol: str, style: str) -> 
         if failure is None:
             failure = _fault(answer, example)
     legal = failure in (None, "wrong_value", "division_by_zero")
-    return Verdict(
-        float(failure is None), failure, {"solved": float(failure is None), "legal": float(legal)}
-    )
+    return all_or_nothing(failure, legal=float(legal))
 
 
 def _fault(answer: str, example: Example) -> str | None:
@@ -237,8 +237,9 @@ def _fault(answer: str, example: Example) -> str | None:
 
 
 def postfix(expression: str) -> list[str] | None:
-    """Tokens in postfix order (shunting-yard, no recursion), or None if it is not an infix
-    expression of integers, + - * / ( ).
+    """Tokens in postfix order, or None if it is not an infix expression of integers, + - * / ( ).
+
+    (The shunting-yard algorithm, without recursion.)
     """
     tokens = re.findall(r"[0-9]+|[^\s]", expression)
     out: list[str] = []

@@ -1,5 +1,4 @@
-"""d1's Countdown scorer as published, without `eval`: which text it takes for the equation, and
-what is wrong with it.
+"""d1's Countdown scorer as published, without `eval`: what it takes for the equation, and faults.
 
 Facts from github.com/dllm-reasoning/d1, eval/parse_and_get_acc.py (`parse_countdown_answers`), read
 in public copies.  The rules are Python's, so `**`, `//`, unary signs and decimals count.  What
@@ -69,9 +68,7 @@ def equation(completion: str) -> str:
 
 
 def _left_side(text: str) -> str:
-    """`([0-9+\\-*/() ]+)=[0-9. ]+` in linear time: the left side of the first such equality, else
-    the text.
-    """
+    """The left side of the first `([0-9+\\-*/() ]+)=[0-9. ]+`, in linear time; else the text."""
     equal = re.search(r"[0-9+\-*/() ]=[0-9. ]", text)
     if not equal:
         return text
@@ -80,8 +77,9 @@ def _left_side(text: str) -> str:
 
 
 def _numbers(text: str, most: int) -> list[int] | None:
-    """The runs of digits, sorted, as d1 reads them ("1.5" is a 1 and a 5); None if more than `most`
-    or beyond int's limit.
+    """The runs of digits, sorted, as d1 reads them: "1.5" is a 1 and a 5.
+
+    None if there are more than `most`, or if one is beyond int's limit.
     """
     runs = [run[0] for run in islice(re.finditer(r"\d+", text), most + 1)]
     if len(runs) > most or any(len(run) > LONGEST for run in runs):

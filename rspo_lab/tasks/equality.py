@@ -1,10 +1,10 @@
-"""Whether two LaTeX answers mean the same, by math-verify in a process of its own that cannot hang
-or fill this one.
+"""Whether two LaTeX answers mean the same, by math-verify in a process of its own.
 
-math-verify's own time limit is an alarm signal: it works in the main thread only and cannot end one
-long multiplication.  Here the system ends the process after SECONDS of processor time, so a busy
-machine changes no verdict, and caps its memory at BYTES. Answers are parsed as LaTeX, never as
-Python (math-verify's reader of plain expressions is sympy's, which evaluates).
+It cannot hang or fill this one.  math-verify's own time limit is an alarm signal: it works in the
+main thread only and cannot end one long multiplication.  Here the system ends the process after
+SECONDS of processor time, so a busy machine changes no verdict, and caps its memory at BYTES.
+Answers are parsed as LaTeX, never as Python (math-verify's reader of plain expressions is sympy's,
+which evaluates).
 """
 
 import atexit
@@ -24,17 +24,15 @@ START_SECONDS = 300.0  # to import sympy on a slow disk
 BYTES = 4 << 30
 
 _LOCK = threading.Lock()
-_STARTED: dict[
-    int, subprocess.Popen
-] = {}  # by our process id: a fork must not talk into its parent's pipes
+# by our process id: a fork must not talk into its parent's pipes
+_STARTED: dict[int, subprocess.Popen] = {}
 
 
 @lru_cache(maxsize=65536)
 def fault(truth: str, answer: str) -> str | None:
-    """None if the answer equals the truth, else "wrong_answer", "unparsable" or "undecided" (ended
-    for its time or memory).
+    """None if the answer equals the truth, else "wrong_answer", "unparsable" or "undecided".
 
-    RuntimeError if math-verify does not start.
+    Undecided: ended for its time or memory.  Raises RuntimeError if math-verify does not start.
     """
     if not _balanced(answer):  # it could close the box that it is put into
         return "unparsable"
@@ -56,9 +54,7 @@ def _ask(truth: str, answer: str) -> str | None:
     try:
         process.stdin.write(json.dumps([truth, answer, SECONDS]).encode() + b"\n")
         reply = _line(process, WALL_SECONDS)
-    except (
-        BaseException
-    ):  # also a keyboard interrupt: a later question must not read this one's reply
+    except BaseException:  # a later question must not read the reply to an interrupted one
         stop()
         raise
     if not reply:
@@ -90,7 +86,8 @@ def _process() -> subprocess.Popen:
     if _line(process, START_SECONDS) != b'"ready"\n':
         stop()
         raise RuntimeError(
-            "math-verify does not start (its error is on stderr); install it: pip install math-verify"
+            "math-verify does not start (its error is on stderr); "
+            "install it: pip install math-verify"
         )
     return process
 
@@ -109,9 +106,7 @@ atexit.register(stop)
 
 
 def _serve() -> None:
-    """The process itself: a line of JSON [truth, answer, seconds] in, a line with its fault out,
-    until the input ends.
-    """
+    """The process itself: a line of JSON [truth, answer, seconds] in, a line with its fault out."""
     import logging
 
     from math_verify import LatexExtractionConfig, parse, verify
@@ -119,9 +114,8 @@ def _serve() -> None:
     logging.disable()  # it warns of the time limits that are switched off here
     replies, sys.stdout = sys.stdout, sys.stderr
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(
-        resource.RLIMIT_AS, (BYTES if hard == resource.RLIM_INFINITY else min(BYTES, hard), hard)
-    )
+    soft = BYTES if hard == resource.RLIM_INFINITY else min(BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, wherever it is
     latex = [LatexExtractionConfig(boxed_match_priority=0)]
 
@@ -134,15 +128,13 @@ def _serve() -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         given = read(answer)
         if verify(read(truth), given, timeout_seconds=None):
-            found = None
+            verdict = None
+        elif all(isinstance(reading, str) for reading in given):
+            verdict = "unparsable"
         else:
-            found = (
-                "unparsable"
-                if all(isinstance(reading, str) for reading in given)
-                else "wrong_answer"
-            )
+            verdict = "wrong_answer"
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(found), file=replies, flush=True)
+        print(json.dumps(verdict), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""GSM8K: grade-school problems in words whose answer is a number.  (arXiv:2110.14168; 7,473 to
-train on, 1,319 to test)
+"""GSM8K: grade-school problems in words whose answer is a number.
 
-Rows have `question` and `answer`, which ends in "#### 1,234".  Protocol "strict" asks for one
-answer block that math-verify finds equal to the number; "d1" reproduces d1's evaluation.  There is
-no compact style: a character model cannot read the questions.
+(arXiv:2110.14168; 7,473 to train on, 1,319 to test)  Rows have `question` and `answer`, which ends
+in "#### 1,234".  Protocol "strict" asks for one answer block that math-verify finds equal to the
+number; "d1" reproduces d1's evaluation.  There is no compact style: a character model cannot read
+the questions.
 """
 
 import math
@@ -14,12 +14,14 @@ from pathlib import Path
 
 from rspo_lab.tasks import equality, math_d1
 from rspo_lab.tasks.hub import download, rows
-from rspo_lab.tasks.lines import field, first
+from rspo_lab.tasks.lines import field, first, line_name
 from rspo_lab.tasks.verdict import (
     D1_EVAL_FORMAT,
+    D1_EXPERT,
     D1_FORMAT,
     PROTOCOLS,
     Verdict,
+    all_or_nothing,
     in_words,
     one_of,
     strict_answer,
@@ -29,11 +31,7 @@ HUB = ("openai/gsm8k", "main")
 TRAIN_PROBLEMS = 7473
 TEST_PROBLEMS = 1319
 D1_PROMPT = D1_FORMAT + "\n\n{question}"  # d1, diffu-grpo/data_utils.py
-D1_EVAL_PROMPT = (
-    "You are a math expert. You will be given a question to solve. Solve it step by step. Wrap the final answer in a \\boxed{}. \n"
-    + D1_EVAL_FORMAT
-    + "\n\n"
-)  # d1, eval/gsm8k.py
+D1_EVAL_PROMPT = D1_EXPERT + " \n" + D1_EVAL_FORMAT + "\n\n"  # d1, eval/gsm8k.py
 
 
 @dataclass(frozen=True)
@@ -55,30 +53,21 @@ def examples(split: str, n: int, *, seed: int) -> list[Example]:
 
 
 def read(path: str | Path, n: int | None = None) -> list[Example]:
-    """The first n problems (all if None) of a csv, jsonl or parquet file with the columns
-    `question` and `answer`.
+    """The first n problems, all if None, of a file with the columns `question` and `answer`.
 
-    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row,
-    or if there are fewer than n.
+    The file is csv, jsonl or parquet.  FileNotFoundError if there is none; ValueError naming file
+    and line on a malformed row, or if there are fewer than n.
     """
-    return first(
-        _examples(
-            (f"{Path(path).name}:{where.rpartition(':')[2]}", row) for where, row in rows(path)
-        ),
-        n,
-        path,
-    )
+    return first(_examples((line_name(where), row) for where, row in rows(path)), n, path)
 
 
 def _examples(table: Iterable[tuple[str, dict]]) -> list[Example]:
-    return [
-        Example(
-            where,
-            field(row, "question", str, where),
-            _answer(field(row, "answer", str, where), where),
-        )
-        for where, row in table
-    ]
+    examples = []
+    for where, row in table:
+        question = field(row, "question", str, where)
+        answer = _answer(field(row, "answer", str, where), where)
+        examples.append(Example(where, question, answer))
+    return examples
 
 
 def _answer(text: str, where: str) -> float:
@@ -92,9 +81,7 @@ def _answer(text: str, where: str) -> float:
 
 
 def prompt(example: Example, style: str) -> str:
-    """The published message of training (d1) or evaluation (d1-eval): one user turn, no system
-    turn.
-    """
+    """The published message of training (d1) or evaluation (d1-eval): one user turn alone."""
     if in_words(style, "gsm8k") == "d1-eval":
         return D1_EVAL_PROMPT + example.question
     return D1_PROMPT.format(question=example.question)
@@ -106,13 +93,16 @@ def record(example: Example) -> dict:
 
 
 def from_record(row: dict, where: str) -> Example:
-    """The problem of such a row (a null `ground_truth` is one that no answer equals); ValueError on
-    a malformed one.
+    """The problem of such a row; ValueError on a malformed one.
+
+    A null `ground_truth` is one that no answer equals.
     """
-    question, truth = field(row, "question", str, where), row.get("ground_truth", "")
+    question = field(row, "question", str, where)
+    truth = row.get("ground_truth", "")
     if truth is not None and (type(truth) not in (int, float) or not math.isfinite(truth)):
         raise ValueError(
-            f"{where}: ground_truth {str(truth)[:40]!r}; write the number, or null where it is not known"
+            f"{where}: ground_truth {str(truth)[:40]!r}; "
+            "write the number, or null where it is not known"
         )
     return Example(where, question, None if truth is None else float(truth))
 
@@ -144,19 +134,20 @@ def verdict(completion: str, example: Example, *, protocol: str, style: str) -> 
     """Components: `solved`."""
     in_words(style, "gsm8k")
     if one_of(protocol, PROTOCOLS, "protocol") == "d1":
-        found = math_d1.number(completion)
-        failure = (
-            "no_answer" if found is None else None if found == example.answer else "wrong_answer"
-        )
-    else:
-        answer, failure = strict_answer(completion, style)
-        if failure is None:
-            failure = (
-                "no_truth"
-                if example.answer is None
-                else equality.fault(_written(example.answer), answer)
-            )
-    return Verdict(float(failure is None), failure, {"solved": float(failure is None)})
+        return all_or_nothing(_d1_fault(completion, example))
+    answer, failure = strict_answer(completion, style)
+    if failure is None and example.answer is not None:
+        failure = equality.fault(_written(example.answer), answer)
+    elif failure is None:
+        failure = "no_truth"
+    return all_or_nothing(failure)
+
+
+def _d1_fault(completion: str, example: Example) -> str | None:
+    answer = math_d1.number(completion)
+    if answer is None:
+        return "no_answer"
+    return None if answer == example.answer else "wrong_answer"
 
 
 def _written(number: float) -> str:

@@ -1,5 +1,4 @@
-"""Procedural data sets of the package reasoning-gym, each a task "reasoning_gym:<name>": its
-questions, its scorer.
+"""Procedural data sets of reasoning-gym, each a task "reasoning_gym:<name>" with its own scorer.
 
 A problem is a number: the package makes the same one of it again, so files of completions hold
 question and number, and what is judged is never read from a file.  Half the questions are for test,
@@ -7,17 +6,15 @@ by a hash of their text.  The reward is the scorer's score of the one answer blo
 solved is a score of 1.  The scorers were read at VERSION, all of them, for what model text can do:
 
 - evaluated, and so refused: simple_integration, intermediate_integration,
-polynomial_multiplication.  binary_matrix, spiral_matrix,
-  string_insertion and n_queens evaluate what is not an accepted answer letter by letter, so only
-  that counts here; countdown and puzzle24 are judged as our own Countdown is (puzzle24's scorer
-  also takes other numbers than the given, and 24.5).
+  polynomial_multiplication.  binary_matrix, spiral_matrix, string_insertion and n_queens evaluate
+  what is not an accepted answer letter by letter, so only that counts here; countdown and puzzle24
+  are judged as our own Countdown is (puzzle24's scorer also takes other numbers than the given, and
+  24.5).
 - endless: propositional_logic (2^n truth values for n names) is refused; coin_flip, rush_hour and
-rubiks_cube are
-  given no number that is large enough.
+  rubiks_cube are given no number that is large enough.
 - score 1 without being right: game_of_life_halting pays for any answer, so only the accepted one
-counts; NaN would solve
-  complex_arithmetic and number_sorting, and is unparsable.  A score beyond [0, 1] or an error of
-  the scorer is worth 0.
+  counts; NaN would solve complex_arithmetic and number_sorting, and is unparsable.  A score beyond
+  [0, 1] or an error of the scorer is worth 0.
 
 Refused for their questions: isomorphic_strings and ransom_note (and polynomial_multiplication)
 change with Python's hash seed, codeio executes programs of a data file, composite is made of
@@ -36,10 +33,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 from rspo_lab.tasks import countdown
-from rspo_lab.tasks.lines import field, first, objects
+from rspo_lab.tasks.lines import field, first, line_name, objects
 from rspo_lab.tasks.verdict import (
     D1_EVAL_FORMAT,
     D1_FORMAT,
@@ -51,16 +49,10 @@ from rspo_lab.tasks.verdict import (
 
 PREFIX = "reasoning_gym:"
 VERSION = "0.1.25"  # another may score in another way, and makes other problems of the same numbers
-CHUNK = (
-    500  # problems of one instance of a data set, which begins at a seed that is a multiple of it
-)
-LONGEST_ANSWER = (
-    2000  # characters, beside twice the accepted answer's; a Rubik's cube has none to go by
-)
-EVALUATED, BY_HASH = (
-    "its scorer evaluates the answer as Python",
-    "its questions change with Python's hash seed",
-)
+CHUNK = 500  # problems per instance of a data set, whose seed is a multiple of it
+LONGEST_ANSWER = 2000  # characters, beside twice the accepted answer's; a Rubik's cube has none
+EVALUATED = "its scorer evaluates the answer as Python"
+BY_HASH = "its questions change with Python's hash seed"
 REFUSED = {
     "simple_integration": EVALUATED,
     "intermediate_integration": EVALUATED,
@@ -80,20 +72,35 @@ NOT_PARSED = {
     "rush_hour": r"\d\d",
     "rubiks_cube": r"\d\d",
 }
+# what a scorer raises at an answer that it did not foresee
+UNFORESEEN = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
 class Problem:
+    """Problem number `index`.
+
+    entry: question, answer (None where any that works will do) and metadata, as the package makes
+    them.
+    """
+
     id: str
-    index: int  # the problem's number
-    # question, answer (None where any that works will do) and metadata, as the package makes them
+    index: int
     entry: dict
 
 
 @dataclass(frozen=True)
 class Gym:
-    """The task of one data set; ValueError for a name that is unknown or refused, and where the
-    package is not installed.
+    """The task of one data set.
+
+    Raises ValueError for a name that is unknown or refused, and where the package is not installed.
     """
 
     name: str
@@ -105,49 +112,45 @@ class Gym:
         known = _package().DATASETS
         if self.name not in known:
             near = difflib.get_close_matches(self.name, known, n=1)
-            hint = (
-                f"did you mean {PREFIX + near[0]!r}?"
-                if near
-                else f"choose from {', '.join(sorted(set(known) - set(REFUSED)))}"
-            )
+            if near:
+                hint = f"did you mean {PREFIX + near[0]!r}?"
+            else:
+                hint = f"choose from {', '.join(sorted(set(known) - set(REFUSED)))}"
             raise ValueError(f"reasoning_gym has no data set {self.name!r}: {hint}")
         if self.name in REFUSED:
             raise ValueError(f"{PREFIX}{self.name} cannot be a task: {REFUSED[self.name]}")
 
     def examples(self, split: str, n: int, *, seed: int) -> list[Problem]:
-        """n problems of different questions from a split; a longer list starts with the shorter
-        one.
+        """n problems of different questions from a split.
 
-        ValueError for another split than "train" or "test", or if 20 n + 200 draws do not give n
-        questions.
+        A longer list starts with the shorter one.  ValueError for another split than "train" or
+        "test", or if 20 n + 200 draws do not give n questions.
         """
         one_of(split, ("train", "test"), "split")
-        start, draws = CHUNK * random.Random(seed).randrange(2**20), 20 * n + 200
-        found: dict[str, Problem] = {}
+        start = CHUNK * random.Random(seed).randrange(2**20)
+        draws = 20 * n + 200
+        chosen: dict[str, Problem] = {}
         for index in range(start, start + draws):
-            if len(found) >= n:
-                return list(found.values())
+            if len(chosen) >= n:
+                return list(chosen.values())
             entry = _entry(self.name, index)
-            if (hashlib.sha256(entry["question"].encode()).digest()[0] % 2 == 0) == (
-                split == "test"
-            ):
-                found.setdefault(entry["question"], Problem(f"{self.name}-{index}", index, entry))
+            question = entry["question"]
+            in_test = hashlib.sha256(question.encode()).digest()[0] % 2 == 0
+            if in_test == (split == "test"):
+                chosen.setdefault(question, Problem(f"{self.name}-{index}", index, entry))
         raise ValueError(
-            f"{PREFIX}{self.name}: {draws} draws gave {len(found)} different {split} questions; asked for {n} "
-            "(fewer can be had from a file of rows as `record` gives, as the data)"
+            f"{PREFIX}{self.name}: {draws} draws gave {len(chosen)} different {split} questions; "
+            f"asked for {n} (fewer can be had from a file of rows as `record` gives, as the data)"
         )
 
     def read(self, path: str | Path, n: int | None = None) -> list[Problem]:
-        """The first n problems (all if None) of a jsonl file of rows as `record` gives.
+        """The first n problems, all if None, of a jsonl file of rows as `record` gives.
 
         FileNotFoundError if there is no such file; ValueError naming file and line on a malformed
         row, or if there are fewer than n.
         """
-        found = [
-            self.from_record(row, f"{Path(path).name}:{where.rpartition(':')[2]}")
-            for where, row in objects(path)
-        ]
-        return first(found, n, path)
+        rows = [self.from_record(row, line_name(where)) for where, row in objects(path)]
+        return first(rows, n, path)
 
     def prompt(self, example: Problem, style: str) -> str:
         """d1's format of training (d1) or evaluation (d1-eval), and the question: one user turn."""
@@ -155,19 +158,20 @@ class Gym:
         return form + "\n\n" + example.entry["question"]
 
     def record(self, example: Problem) -> dict:
-        """What a file of completions says of the problem: `question`, and its number as
-        `ground_truth`.
-        """
+        """What a file of completions says of it: `question`, and its number as `ground_truth`."""
         return {"question": example.entry["question"], "ground_truth": example.index}
 
     def from_record(self, row: dict, where: str) -> Problem:
-        """The problem of such a row, made anew; ValueError that begins with `where` on a malformed
-        one, and if it is another problem.
+        """The problem of such a row, made anew.
+
+        ValueError that begins with `where` on a malformed row, and if it is another problem.
         """
-        question, index = field(row, "question", str, where), field(row, "ground_truth", int, where)
+        question = field(row, "question", str, where)
+        index = field(row, "ground_truth", int, where)
         if not 0 <= index < 2**31 or _entry(self.name, index)["question"] != question:
             raise ValueError(
-                f"{where}: the question is not {PREFIX}{self.name}'s number {index}; write the row as `rspo-lab eval` does"
+                f"{where}: the question is not {PREFIX}{self.name}'s number {index}; "
+                "write the row as `rspo-lab eval` does"
             )
         return Problem(where, index, _entry(self.name, index))
 
@@ -194,44 +198,39 @@ class Gym:
         """Components: `solved`, a score of 1."""
         in_words(style, PREFIX + self.name)
         one_of(protocol, ("strict",), f"protocol of {PREFIX}{self.name}")
-        entry, score = example.entry, 0.0
+        entry = example.entry
         if self.name in ARITHMETIC:
-            problem = countdown.Example(
-                example.id, tuple(entry["metadata"]["numbers"]), entry["metadata"].get("target", 24)
-            )
+            numbers = tuple(entry["metadata"]["numbers"])
+            target = entry["metadata"].get("target", 24)
+            problem = countdown.Example(example.id, numbers, target)
             return countdown.verdict(completion, problem, protocol=protocol, style=style)
         longest = LONGEST_ANSWER + 2 * len(entry["answer"] or "")
         answer, failure = strict_answer(completion, style, longest=longest, ascii_only=False)
         if failure is None and self.name in NOT_PARSED and re.search(NOT_PARSED[self.name], answer):
             failure = "unparsable"
+        score = 0.0
         if failure is None:
             score = self._score(answer, entry)
             failure = None if score == 1 else "wrong_answer"
         return Verdict(score, failure, {"solved": float(failure is None)})
 
     def _score(self, answer: str, entry: dict) -> float:
+        """The package's score in [0, 1]; 0 of an answer that its scorer did not foresee."""
         if self.name in EXACT:
             return float(answer in (entry["answer"], *entry["metadata"].get("valid_answers", ())))
         try:
             with _apart(0):
-                score = float(
-                    _dataset(self.name, 0).score_answer(answer, copy.deepcopy(entry))
-                )  # some write into the entry
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ):  # of an answer it did not foresee
+                own = copy.deepcopy(entry)  # some scorers write into it
+                score = float(_dataset(self.name, 0).score_answer(answer, own))
+        except UNFORESEEN:
             return 0.0
         return score if 0 <= score <= 1 else 0.0
 
 
-def _package():
-    """reasoning_gym's registry of data sets; ValueError that names the mend if it is missing or of
-    another version.
+def _package() -> ModuleType:
+    """reasoning_gym's registry of data sets.
+
+    Raises ValueError that names the mend if the package is missing or of another version.
     """
     mend = "pip install -e .[reasoning-gym]"
     try:
@@ -241,9 +240,10 @@ def _package():
         raise ValueError(
             f"a task {PREFIX}... needs the package reasoning-gym (no module {error.name!r}): {mend}"
         ) from None
-    if (found := version("reasoning-gym")) != VERSION:
+    installed = version("reasoning-gym")
+    if installed != VERSION:
         raise ValueError(
-            f"reasoning-gym {found} is installed; its scorers are known at {VERSION}: {mend}"
+            f"reasoning-gym {installed} is installed; its scorers are known at {VERSION}: {mend}"
         )
     return factory
 
@@ -263,12 +263,14 @@ def _entry(name: str, index: int) -> dict:
 
 @contextmanager
 def _apart(seed: int) -> Iterator[None]:
-    """Global generators, which a few data sets draw from or seed, are set by `seed` and put back;
-    what they print goes to stderr.
+    """Sets the global generators, which a few data sets draw from or seed, and puts them back.
+
+    What the data sets print goes to stderr.
     """
     import numpy as np
 
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    python = random.getstate()
+    numpy = np.random.get_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     try:

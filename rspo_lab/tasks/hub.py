@@ -1,5 +1,6 @@
-"""Rows of public benchmarks: from the Hugging Face hub by `datasets`, or from a local csv, jsonl or
-parquet file of the same columns.
+"""Rows of public benchmarks: from the Hugging Face hub, or from a local file of the same columns.
+
+Local files are csv, jsonl or parquet.
 """
 
 import csv
@@ -20,12 +21,11 @@ def download(
     seed: int,
     keep: Callable[[dict], bool] = lambda row: True,
 ) -> list[tuple[str, dict]]:
-    """n of the rows to keep of a hub data set in the order of a seed, each with where it stands; a
-    longer list starts with the shorter one.
+    """n of the rows to keep of a hub data set in the order of a seed, each with where it stands.
 
-    A folder ./<name> with the data set's files goes before the hub.  ValueError if the split has
-    fewer than n; ConnectionError that names the mend where the hub is out of reach and the data set
-    is not in its cache.
+    A longer list starts with the shorter one.  A folder ./<name> with the data set's files goes
+    before the hub.  ValueError if the split has fewer than n; ConnectionError that names the mend
+    where the hub is out of reach and the data set is not in its cache.
     """
     from datasets import load_dataset
 
@@ -33,42 +33,29 @@ def download(
         rows = load_dataset(name, config, split=split)
     except (ConnectionError, FileNotFoundError) as error:
         raise ConnectionError(
-            f"cannot load {name} ({' '.join(str(error).split())[:120]}): without a network put its files at ./{name} "
-            f"(where there is one: `hf download {name} --repo-type dataset --local-dir {name}`), or give a file of such rows as the data"
+            f"cannot load {name} ({' '.join(str(error).split())[:120]}): "
+            f"without a network put its files at ./{name} (where there is one: "
+            f"`hf download {name} --repo-type dataset --local-dir {name}`), "
+            "or give a file of such rows as the data"
         ) from error
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    found = list(
-        itertools.islice(
-            ((f"{name}/{split}:{i}", rows[i]) for i in order if keep(rows[i])), max(n, 0)
-        )
-    )
-    if len(found) != n:
-        raise ValueError(f"asked for {n} of {name} {split}; the maximum is {len(found)}")
-    return found
+    kept = ((f"{name}/{split}:{i}", rows[i]) for i in order if keep(rows[i]))
+    chosen = list(itertools.islice(kept, max(n, 0)))
+    if len(chosen) != n:
+        raise ValueError(f"asked for {n} of {name} {split}; the maximum is {len(chosen)}")
+    return chosen
 
 
 def rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) of a local file; in parquet the line is the row's number, from 1.
+    """("path:line", row) of a local file; in parquet the line is the row's number, from 1.
 
-    FileNotFoundError if there is no such file; ValueError on another kind of file or a malformed
-    line.
+    Raises FileNotFoundError if there is no such file, ValueError on another kind of file or a
+    malformed line.
     """
     kind = Path(path).suffix.lower()
     if kind == ".csv":
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file, strict=True)
-            try:
-                for row in table:
-                    if None in row or None in row.values():
-                        raise ValueError(
-                            f"{path}:{table.line_num}: not {len(table.fieldnames or ())} fields; quote those with commas"
-                        )
-                    yield f"{path}:{table.line_num}", row
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{path}:{table.line_num + 1}: {error}; save it as UTF-8 csv, fields with commas in quotes"
-                ) from None
+        yield from _csv_rows(path)
     elif kind == ".parquet":
         import pyarrow.parquet
 
@@ -78,5 +65,23 @@ def rows(path: str | Path) -> Iterator[tuple[str, dict]]:
         yield from objects(path)
     else:
         raise ValueError(
-            f"{path}: cannot read {kind or 'a file without an ending'}; give a .csv, .jsonl or .parquet file"
+            f"{path}: cannot read {kind or 'a file without an ending'}; "
+            "give a .csv, .jsonl or .parquet file"
         )
+
+
+def _csv_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file, strict=True)
+        try:
+            for row in table:
+                where = f"{path}:{table.line_num}"
+                if None in row or None in row.values():
+                    fields = len(table.fieldnames or ())
+                    raise ValueError(f"{where}: not {fields} fields; quote those with commas")
+                yield where, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path}:{table.line_num + 1}: {error}; "
+                "save it as UTF-8 csv, fields with commas in quotes"
+            ) from None

@@ -1,13 +1,17 @@
-"""Lines of jsonl files: one JSON object each, and errors that name the file, the line and the mend."""
+"""Lines of jsonl files: one JSON object each; errors name the file, the line and the mend."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+MEND = "write one JSON object per line"
 
 
 def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", object) for every non-blank line; FileNotFoundError if there is no such file,
-    ValueError on a bad line.
+    """("path:line", object) for every non-blank line.
+
+    Raises FileNotFoundError if there is no such file, ValueError on a bad line.
     """
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -19,18 +23,19 @@ def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
             except UnicodeDecodeError:
                 raise ValueError(f"{where}: not UTF-8; save the file as UTF-8") from None
             except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{where}: not JSON ({error}); write one JSON object a line"
-                ) from None
+                raise ValueError(f"{where}: not JSON ({error}); {MEND}") from None
             if not isinstance(row, dict):
-                raise ValueError(
-                    f"{where}: a {type(row).__name__}, not an object; write one JSON object a line"
-                )
+                raise ValueError(f"{where}: a {type(row).__name__}, not an object; {MEND}")
             yield where, row
 
 
-def field(row: dict, key: str, kind: type, where: str):
-    """`row[key]`, which must be there and be a `kind` (a bool is no int)."""
+def line_name(where: str) -> str:
+    """The id of a problem from a file: "file:line" of "path/file:line"."""
+    return Path(where).name
+
+
+def field(row: dict, key: str, kind: type, where: str) -> Any:
+    """`row[key]`, which must be there and be a `kind` (a bool is no int), else ValueError."""
     if key not in row:
         raise ValueError(
             f"{where}: no key {key!r}; add it (the row has {', '.join(sorted(row)) or 'no keys'})"
@@ -43,7 +48,7 @@ def field(row: dict, key: str, kind: type, where: str):
 
 
 def first(examples: list, n: int | None, path: str | Path) -> list:
-    """The first n examples of a file (all if None); ValueError if it has fewer."""
+    """The first n examples of a file, all if None.  Raises ValueError if it has fewer."""
     if n is not None and not 0 <= n <= len(examples):
         raise ValueError(f"{path} has {len(examples)} examples; asked for {n}")
     return examples if n is None else examples[:n]

@@ -1,9 +1,9 @@
-"""MATH: competition problems whose answer is a LaTeX expression.  (arXiv:2103.03874; MATH-500 of
-arXiv:2305.20050 to test)
+"""MATH: competition problems whose answer is a LaTeX expression.
 
-Rows have `problem` and `answer`, or a `solution` whose last \\boxed is the answer.  Protocol
-"strict" asks for one answer block that math-verify finds equal; "d1" reproduces d1's evaluation.
-There is no compact style: a character model cannot read the problems.
+(arXiv:2103.03874; MATH-500 of arXiv:2305.20050 to test)  Rows have `problem` and `answer`, or a
+`solution` whose last \\boxed is the answer.  Protocol "strict" asks for one answer block that
+math-verify finds equal; "d1" reproduces d1's evaluation.  There is no compact style: a character
+model cannot read the problems.
 """
 
 from collections.abc import Iterable
@@ -12,12 +12,14 @@ from pathlib import Path
 
 from rspo_lab.tasks import equality, math_d1
 from rspo_lab.tasks.hub import download, rows
-from rspo_lab.tasks.lines import field, first
+from rspo_lab.tasks.lines import field, first, line_name
 from rspo_lab.tasks.verdict import (
     D1_EVAL_FORMAT,
+    D1_EXPERT,
     D1_FORMAT,
     PROTOCOLS,
     Verdict,
+    all_or_nothing,
     in_words,
     one_of,
     strict_answer,
@@ -26,11 +28,9 @@ from rspo_lab.tasks.verdict import (
 HUB = {"train": ("ankner/math-500", None), "test": ("HuggingFaceH4/MATH-500", None)}  # d1's choice
 TRAIN_PROBLEMS = 4096  # a training run's pool; the data set has more
 TEST_PROBLEMS = 500
-EXPERT = "You are a math expert. You will be given a question to solve. Solve it step by step. Wrap the final answer in a \\boxed{}."
-D1_PROMPT = D1_FORMAT + "\n\n" + EXPERT + " \n\n"  # d1, diffu-grpo/data_utils.py
-D1_EVAL_PROMPT = (
-    EXPERT + "\n" + D1_EVAL_FORMAT + '" \n' + "\n\n"
-)  # d1, eval/math500.py, with its stray quotation mark
+D1_PROMPT = D1_FORMAT + "\n\n" + D1_EXPERT + " \n\n"  # d1, diffu-grpo/data_utils.py
+# d1, eval/math500.py, with its stray quotation mark
+D1_EVAL_PROMPT = D1_EXPERT + "\n" + D1_EVAL_FORMAT + '" \n\n\n'
 
 
 @dataclass(frozen=True)
@@ -41,47 +41,41 @@ class Example:
 
 
 def examples(split: str, n: int, *, seed: int) -> list[Example]:
-    """n problems of HuggingFaceH4/MATH-500 (test) or ankner/math-500 (train), from the hub or its
-    cache, in the order of the seed.
+    """n problems of HuggingFaceH4/MATH-500 (test) or ankner/math-500 (train), ordered by the seed.
 
-    Problems whose box is empty (two of MATH) are left out.  ValueError for another split, or if it
-    has fewer than n; ConnectionError if the hub is out of reach.
+    They come from the hub or its cache.  Problems whose box is empty (two of MATH) are left out.
+    ValueError for another split, or if it has fewer than n; ConnectionError if the hub is out of
+    reach.
     """
     name, config = HUB[one_of(split, ("train", "test"), "split")]
-    return _examples(
-        download(
-            name, config, split, n, seed=seed, keep=lambda row: bool(_answer(row, name).strip())
-        )
-    )
+
+    def answered(row: dict) -> bool:
+        return bool(_answer(row, name).strip())
+
+    return _examples(download(name, config, split, n, seed=seed, keep=answered))
 
 
 def read(path: str | Path, n: int | None = None) -> list[Example]:
-    """The first n problems (all if None) of a csv, jsonl or parquet file with the columns `problem`
-    and `answer` or `solution`.
+    """The first n problems, all if None, of a file with columns `problem`, `answer` or `solution`.
 
-    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row,
-    or if there are fewer than n.
+    The file is csv, jsonl or parquet.  FileNotFoundError if there is none; ValueError naming file
+    and line on a malformed row, or if there are fewer than n.
     """
-    return first(
-        _examples(
-            (f"{Path(path).name}:{where.rpartition(':')[2]}", row) for where, row in rows(path)
-        ),
-        n,
-        path,
-    )
+    return first(_examples((line_name(where), row) for where, row in rows(path)), n, path)
 
 
 def _examples(table: Iterable[tuple[str, dict]]) -> list[Example]:
-    found = [
-        Example(where, field(row, "problem", str, where), _answer(row, where))
-        for where, row in table
-    ]
-    for e in found:
-        if not e.answer.strip():
+    examples = []
+    for where, row in table:
+        question = field(row, "problem", str, where)
+        answer = _answer(row, where)
+        if not answer.strip():
             raise ValueError(
-                f"{e.id}: no answer; write it in `answer`, or in the last \\boxed of `solution`, or drop the row"
+                f"{where}: no answer; write it in `answer`, "
+                "or in the last \\boxed of `solution`, or drop the row"
             )
-    return found
+        examples.append(Example(where, question, answer))
+    return examples
 
 
 def _answer(row: dict, where: str) -> str:
@@ -92,12 +86,9 @@ def _answer(row: dict, where: str) -> str:
 
 
 def prompt(example: Example, style: str) -> str:
-    """The published message of training (d1) or evaluation (d1-eval): one user turn, no system
-    turn.
-    """
-    return (
-        D1_EVAL_PROMPT if in_words(style, "math500") == "d1-eval" else D1_PROMPT
-    ) + example.question
+    """The published message of training (d1) or evaluation (d1-eval): one user turn alone."""
+    form = D1_EVAL_PROMPT if in_words(style, "math500") == "d1-eval" else D1_PROMPT
+    return form + example.question
 
 
 def record(example: Example) -> dict:
@@ -107,9 +98,8 @@ def record(example: Example) -> dict:
 
 def from_record(row: dict, where: str) -> Example:
     """The problem of such a row; ValueError that begins with `where` on a malformed one."""
-    return Example(
-        where, field(row, "question", str, where), field(row, "ground_truth", str, where)
-    )
+    question = field(row, "question", str, where)
+    return Example(where, question, field(row, "ground_truth", str, where))
 
 
 def split_key(example: Example) -> str:
@@ -138,11 +128,15 @@ def verdict(completion: str, example: Example, *, protocol: str, style: str) -> 
     """Components: `solved`."""
     in_words(style, "math500")
     if one_of(protocol, PROTOCOLS, "protocol") == "d1":
-        found = math_d1.expression(completion)
-        right = found is not None and math_d1.equivalent(found, example.answer)
-        failure = None if right else "no_answer" if found is None else "wrong_answer"
-    else:
-        answer, failure = strict_answer(completion, style)
-        if failure is None:
-            failure = equality.fault(example.answer, answer)
-    return Verdict(float(failure is None), failure, {"solved": float(failure is None)})
+        return all_or_nothing(_d1_fault(completion, example))
+    answer, failure = strict_answer(completion, style)
+    if failure is None:
+        failure = equality.fault(example.answer, answer)
+    return all_or_nothing(failure)
+
+
+def _d1_fault(completion: str, example: Example) -> str | None:
+    answer = math_d1.expression(completion)
+    if answer is None:
+        return "no_answer"
+    return None if math_d1.equivalent(answer, example.answer) else "wrong_answer"

@@ -1,5 +1,4 @@
-"""d1's GSM8K and MATH scorers as published: which text they take for the answer, and when that
-equals the truth.
+"""d1's GSM8K and MATH scorers as published: what they take for the answer, and when it is right.
 
 Facts from github.com/dllm-reasoning/d1, eval/parse_and_get_acc.py (`parse_gsm_answers`,
 `parse_math_answers`) and eval/parser_helper.py (`last_boxed_only_string`, `remove_boxed`,
@@ -25,12 +24,13 @@ FIRST_REPLACED = (
 
 
 def number(completion: str) -> float | None:
-    """GSM8K: the first \\boxed that holds a number (the first of several), else the first <answer>
-    block's last number.
+    """GSM8K: the first \\boxed that holds a number, else the first <answer> block's last number.
+
+    Of several numbers in a box it is the first.
     """
     for box in re.findall(r"\\boxed{(.*?)}", completion):
-        if box.strip().strip(".") and (found := _number(box.strip(), 0)) is not None:
-            return found
+        if box.strip().strip(".") and (value := _number(box.strip(), 0)) is not None:
+            return value
     inside, closed, _ = completion.partition("<answer>")[2].partition("</answer>")
     return _number(inside.strip(), -1) if closed else None
 
@@ -40,23 +40,22 @@ def _number(text: str, which: int) -> float | None:
     try:
         return float(text)
     except ValueError:
-        found = NUMBER.findall(text)
-        return float(found[which]) if found else None
+        numbers = NUMBER.findall(text)
+        return float(numbers[which]) if numbers else None
 
 
 def expression(completion: str) -> str | None:
-    """MATH: what `boxed` gives, so the whole text if nothing is boxed; the first <answer> block
-    only if that is empty or None.
+    """MATH: what `boxed` gives, so the whole text if nothing is boxed.
+
+    The first <answer> block counts only if that is empty or None.
     """
     inside, closed, _ = completion.partition("<answer>")[2].partition("</answer>")
-    found = boxed(completion)
-    return inside.strip() if closed and not found else found
+    box = boxed(completion)
+    return inside.strip() if closed and not box else box
 
 
 def boxed(text: str) -> str | None:
-    """What d1 takes from a box, the whole text if there is none, None if the last one is not
-    closed.
-    """
+    """What d1 takes from a box: all the text if there is none, None if the last is not closed."""
     if "\\boxed " in text:  # TeX's short form: up to the next dollar sign
         return text.rpartition("\\boxed ")[2].partition("$")[0]
     start = text.rfind("\\boxed")
@@ -74,9 +73,7 @@ def boxed(text: str) -> str | None:
 
 
 def equivalent(answer: str, truth: str) -> bool:
-    """Whether the two are one string when normalised; as they stand where d1's normaliser fails on
-    either.
-    """
+    """Whether the two are one string, normalised unless d1's normaliser fails on either."""
     try:
         return _normal(answer) == _normal(truth)
     except ValueError:
@@ -104,7 +101,7 @@ def _normal(text: str) -> str:
 
 
 def _fractions(text: str) -> str:
-    r"""\frac12 as \frac{1}{2}; the text as it stands if a \frac is followed by one character only."""
+    r"""\frac12 as \frac{1}{2}; unchanged if a \frac is followed by one character only."""
     done, *pieces = text.split("\\frac")
     for piece in pieces:
         if not piece:
@@ -112,9 +109,8 @@ def _fractions(text: str) -> str:
         if piece[0] != "{" and len(piece) == 1:
             return text
         if piece[0] != "{":
-            piece = f"{{{piece[0]}}}" + (
-                piece[1:] if piece[1] == "{" else f"{{{piece[1]}}}{piece[2:]}"
-            )
+            rest = piece[1:] if piece[1] == "{" else f"{{{piece[1]}}}{piece[2:]}"
+            piece = f"{{{piece[0]}}}" + rest
         done += "\\frac" + piece
     return done
 

@@ -14,8 +14,15 @@ from functools import cache
 from itertools import permutations, product
 from pathlib import Path
 
-from rspo_lab.tasks.lines import field, first
-from rspo_lab.tasks.verdict import PROTOCOLS, STYLES, Verdict, one_of, strict_answer
+from rspo_lab.tasks.lines import field, first, line_name
+from rspo_lab.tasks.verdict import (
+    PROTOCOLS,
+    STYLES,
+    Verdict,
+    all_or_nothing,
+    one_of,
+    strict_answer,
+)
 
 COMPACT_LENGTH = 16
 COMPACT_CHARS = "01234="
@@ -29,8 +36,8 @@ UNITS = tuple(
     + [tuple(corner + step for step in (0, 1, 4, 5)) for corner in (0, 2, 8, 10)]
 )
 D1_PROMPT = """
-Please solve the following 4x4 Sudoku puzzle. The puzzle is provided as a 16-character string reading left-to-right, \
-top-to-bottom, where '0' represents empty cells.
+Please solve the following 4x4 Sudoku puzzle. The puzzle is provided as a 16-character string \
+reading left-to-right, top-to-bottom, where '0' represents empty cells.
 
 Rules:
 - Fill empty cells with digits 1-4
@@ -38,7 +45,8 @@ Rules:
 - Each column must contain digits 1-4 exactly once
 - Each 2x2 box must contain digits 1-4 exactly once
 
-Important: Your solution must be a COMPLETE 16-character string with only the digits 1-4, representing your final solved grid.
+Important: Your solution must be a COMPLETE 16-character string with only the digits 1-4, \
+representing your final solved grid.
 
 Respond in this exact format:
 <reasoning>
@@ -98,77 +106,79 @@ def count_solutions(puzzle: str) -> int:
 
 
 def examples(split: str, n: int, *, seed: int) -> list[Example]:
-    """n different puzzles with one solution each, 6-11 blanks with equal chance; a longer list
-    starts with the shorter one.
+    """n different puzzles with one solution each, 6-11 blanks with equal chance.
 
-    ValueError for another split than "train" or "test", or when the split runs out of new puzzles.
+    A longer list starts with the shorter one.  ValueError for another split than "train" or "test",
+    or when the split runs out of new puzzles.
     """
     one_of(split, ("train", "test"), "split")
     pool = grids()[:TEST_GRIDS] if split == "test" else grids()[TEST_GRIDS:]
     rng = random.Random(seed)
-    found: dict[str, Example] = {}
+    chosen: dict[str, Example] = {}
     for _ in range(n):
-        example = _new_puzzle(pool, rng.choice(BLANKS), found, rng)
+        example = _new_puzzle(pool, rng.choice(BLANKS), chosen, rng)
         if example is None:
             raise ValueError(
-                f"asked for {n} sudoku {split} puzzles; the maximum this seed reaches is {len(found)}"
+                f"asked for {n} sudoku {split} puzzles; "
+                f"the maximum this seed reaches is {len(chosen)}"
             )
-        found[example.puzzle] = example
-    return list(found.values())
+        chosen[example.puzzle] = example
+    return list(chosen.values())
 
 
 def _new_puzzle(
-    pool: tuple[str, ...], blanks: int, found: dict[str, Example], rng: random.Random
+    pool: tuple[str, ...], blanks: int, chosen: dict[str, Example], rng: random.Random
 ) -> Example | None:
-    """A puzzle that is not in `found` and has one solution, or None after 10,000 draws (at 11
-    blanks 9-29 % have one).
+    """A puzzle that is not chosen yet and has one solution, or None after 10,000 draws.
+
+    At 11 blanks 9-29 % of the draws have one.
     """
     for _ in range(10_000):
         solution = rng.choice(pool)
         hidden = set(rng.sample(range(16), blanks))
         puzzle = "".join("0" if cell in hidden else digit for cell, digit in enumerate(solution))
-        if puzzle not in found and count_solutions(puzzle) == 1:
+        if puzzle not in chosen and count_solutions(puzzle) == 1:
             return Example(f"sudoku-{puzzle}", puzzle, solution)
     return None
 
 
 def read(path: str | Path, n: int | None = None) -> list[Example]:
-    """The first n puzzles (all if None) of a csv with header `Puzzle,Solution` and 16-character
-    strings (d1's format).
+    """The first n puzzles, all if None, of a csv in d1's format.
 
-    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row,
-    or if there are fewer than n.
+    Its header is `Puzzle,Solution`, its fields have 16 characters.  FileNotFoundError if there is
+    no such file; ValueError naming file and line on a malformed row, or if there are fewer than n.
     """
-    found = []
+    rows = []
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         header = file.readline().strip()
         if header != "Puzzle,Solution":
             raise ValueError(f"{path}:1: the header is {header[:40]!r}; make it Puzzle,Solution")
         for number, line in enumerate(file, start=2):
-            if not line.strip():
-                continue
-            where, row = f"{path}:{number}", [cell.strip().strip('"') for cell in line.split(",")]
-            if len(row) != 2:
-                raise ValueError(
-                    f"{where}: {len(row)} fields; write one puzzle and one solution a row"
-                )
-            puzzle, solution = row
-            if not re.fullmatch("[0-4]{16}", puzzle):
-                raise ValueError(
-                    f"{where}: puzzle {puzzle[:40]!r}; write 16 digits 0-4, leading zeros kept (text, not a number)"
-                )
-            if not valid(solution) or not _keeps_givens(solution, puzzle):
-                raise ValueError(
-                    f"{where}: {solution[:40]!r} does not solve {puzzle}; write the 16 digits of its solution"
-                )
-            found.append(Example(f"{Path(path).name}:{number}", puzzle, solution))
-    return first(found, n, path)
+            if line.strip():
+                rows.append(_from_line(line, f"{path}:{number}"))
+    return first(rows, n, path)
+
+
+def _from_line(line: str, where: str) -> Example:
+    cells = [cell.strip().strip('"') for cell in line.split(",")]
+    if len(cells) != 2:
+        raise ValueError(f"{where}: {len(cells)} fields; write one puzzle and one solution per row")
+    puzzle, solution = cells
+    if not re.fullmatch("[0-4]{16}", puzzle):
+        raise ValueError(
+            f"{where}: puzzle {puzzle[:40]!r}; "
+            "write 16 digits 0-4, leading zeros kept (text, not a number)"
+        )
+    if not valid(solution) or not _keeps_givens(solution, puzzle):
+        raise ValueError(
+            f"{where}: {solution[:40]!r} does not solve {puzzle}; "
+            "write the 16 digits of its solution"
+        )
+    return Example(line_name(where), puzzle, solution)
 
 
 def prompt(example: Example, style: str) -> str:
-    """Compact: only "=", since the puzzle is the canvas.  d1, d1-eval: the published user message
-    (one user turn, no system turn).
-    """
+    """Compact: only "=", since the puzzle is the canvas.  d1, d1-eval: the published user turn."""
     if one_of(style, STYLES, "style") == "compact":
         return "="
     return D1_PROMPT.format(puzzle=example.puzzle)
@@ -188,7 +198,8 @@ def from_record(row: dict, where: str) -> Example:
     The puzzle stands where d1 looks for it (first, or after "Sudoku puzzle: "), or is the only run
     of 16 digits.
     """
-    question, solution = field(row, "question", str, where), field(row, "ground_truth", str, where)
+    question = field(row, "question", str, where)
+    solution = field(row, "ground_truth", str, where)
     if not re.fullmatch("[1-4]{16}", solution):
         raise ValueError(
             f"{where}: ground_truth {solution[:40]!r}; write the solution as 16 digits 1-4"
@@ -208,12 +219,12 @@ def split_key(example: Example) -> str:
 
 
 def canvas(example: Example) -> str:
-    """The compact completion before any is written: the givens in their places, "?" for each blank."""
+    """The compact completion before any is written: the givens, and "?" for each blank."""
     return example.puzzle.replace("0", "?")
 
 
 def solutions(example: Example) -> list[str]:
-    """The compact completions that solve it: the stored grid (all of them, for generated puzzles)."""
+    """The compact completion that solves it, the stored grid; the only one of generated puzzles."""
     return [example.solution]
 
 
@@ -225,42 +236,36 @@ def reward(
 
 
 def verdict(completion: str, example: Example, *, protocol: str, style: str) -> Verdict:
-    """Strict: 1 for any complete grid that keeps givens and rules.  d1: correct blanks / blanks,
-    nothing else checked.
+    """Strict: 1 for any complete grid that keeps givens and rules.  d1: correct blanks / blanks.
 
     Components: `correct` and `cells` (blanks equal to the stored solution, blanks: d1's accuracy
     sums both over a file), `cell_accuracy` their ratio (0 without blanks), `solved` (strict: any
     valid grid; d1: all blanks equal to the stored one).
     """
     if one_of(protocol, PROTOCOLS, "protocol") == "d1":
-        answer, failure = _d1_answer(completion, style), None
-        correct, cells = _correct(answer, example), example.puzzle.count("0")
-        if correct < cells or not cells:
-            failure = "wrong_cells" if answer else "no_answer"
-        return Verdict(
-            correct / cells if cells else 0.0,
-            failure,
-            _components(correct, cells, solved=failure is None),
-        )
+        return _d1_verdict(_d1_answer(completion, style), example)
     answer, failure = strict_answer(completion, style)
     answer = "".join(answer.split())
     if failure is None:
         failure = _fault(answer, example.puzzle)
     correct = 0 if failure in ("wrong_length", "wrong_characters") else _correct(answer, example)
-    return Verdict(
-        float(failure is None),
-        failure,
-        _components(correct, example.puzzle.count("0"), solved=failure is None),
-    )
+    return all_or_nothing(failure, **_cells(correct, example))
 
 
-def _components(correct: int, cells: int, *, solved: bool) -> dict[str, float]:
-    return {
-        "solved": float(solved),
-        "cell_accuracy": correct / cells if cells else 0.0,
-        "correct": float(correct),
-        "cells": float(cells),
-    }
+def _d1_verdict(answer: str, example: Example) -> Verdict:
+    cells = _cells(_correct(answer, example), example)
+    failure = None
+    if cells["correct"] < cells["cells"] or not cells["cells"]:
+        failure = "wrong_cells" if answer else "no_answer"
+    solved = float(failure is None)
+    return Verdict(cells["cell_accuracy"], failure, {"solved": solved, **cells})
+
+
+def _cells(correct: int, example: Example) -> dict[str, float]:
+    """The components that count cells; of a puzzle without blanks the accuracy is 0."""
+    cells = example.puzzle.count("0")
+    accuracy = correct / cells if cells else 0.0
+    return {"cell_accuracy": accuracy, "correct": float(correct), "cells": float(cells)}
 
 
 def _fault(grid: str, puzzle: str) -> str | None:
@@ -288,8 +293,7 @@ def _correct(answer: str, example: Example) -> int:
 
 
 def _d1_answer(completion: str, style: str) -> str:
-    """What d1's evaluation takes for the grid, white space removed: at most 16 characters that need
-    not be digits.
+    """What d1's evaluation takes for the grid, white space removed: at most 16 characters, any.
 
     The five patterns of `parse_sudoku_answers`, each rewritten to run in linear time: (1) digits in
     a code fence after <answer>, (2) <answer> up to </answer> or an end token, (3) what follows
@@ -299,18 +303,18 @@ def _d1_answer(completion: str, style: str) -> str:
     if one_of(style, STYLES, "style") == "compact":
         return "".join(completion.split())[:16]
     end = r"<\|eot_id\|>|<\|endoftext\|>"
-    found = None
+    grid = None
     _, opened, body = completion.partition("<answer>")
     if opened:
         fenced = re.search(r"```([\d\s]++)```", body)
-        found = fenced and fenced[1].strip()
-        if not found and (stop := re.search(end + "|</answer>", body)):
-            found = body[: stop.start()].strip()
+        grid = fenced and fenced[1].strip()
+        if not grid and (stop := re.search(end + "|</answer>", body)):
+            grid = body[: stop.start()].strip()
     _, closed, rest = completion.partition("</answer>")
-    if not found and closed:
-        found = re.split(end, rest, maxsplit=1)[0].strip()
-        if not found and (before := re.search(r"(\d{16})\s*+</answer>", completion)):
-            found = before[1]
-    if not found and (alone := re.search(r"\b\d{16}\b", completion)):
-        found = alone[0]
-    return "".join((found or "").split())[:16]
+    if not grid and closed:
+        grid = re.split(end, rest, maxsplit=1)[0].strip()
+        if not grid and (before := re.search(r"(\d{16})\s*+</answer>", completion)):
+            grid = before[1]
+    if not grid and (alone := re.search(r"\b\d{16}\b", completion)):
+        grid = alone[0]
+    return "".join((grid or "").split())[:16]

@@ -1,9 +1,8 @@
-"""Sums: copy and work out eight additions of digits, one after the other; a task with completions
-of 56 tokens.
+"""Sums: copy and work out eight additions of digits, one after the other, in 56 tokens.
 
-Prompt "7+8=  ;0+5=  ;...:", completion "7+8=15;0+5=05;..." (seven characters a sum).  The reward is
-the share of right sums.  Splits are by the eight sums through a content hash, about 15 % test.  The
-task is ours: it has no published prompt or protocol.
+Prompt "7+8=  ;0+5=  ;...:", completion "7+8=15;0+5=05;..." (seven characters per sum).  The reward
+is the share of right sums.  Splits are by the eight sums through a content hash, about 15 % test.
+The task is ours: it has no published prompt or protocol.
 """
 
 import hashlib
@@ -12,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from rspo_lab.tasks.lines import field, first, objects
+from rspo_lab.tasks.lines import field, first, line_name, objects
 from rspo_lab.tasks.verdict import STYLES, Verdict, one_of, strict_answer
 
 SUMS = 8
@@ -31,36 +30,36 @@ class Example:
 
 
 def examples(split: str, n: int, *, seed: int) -> list[Example]:
-    """n different problems of a split; a longer list starts with the shorter one.  ValueError for
-    another split.
+    """n different problems of a split; a longer list starts with the shorter one.
+
+    ValueError for another split than "train" or "test".
     """
-    test, rng = one_of(split, ("train", "test"), "split") == "test", random.Random(seed)
-    found: dict[tuple, Example] = {}
-    while len(found) < n:
-        chosen = tuple((rng.randrange(10), rng.randrange(10)) for _ in range(SUMS))
-        if (
-            int.from_bytes(hashlib.sha256(_listed(chosen).encode()).digest()[:8]) % 100
-            < TEST_PERCENT
-        ) == test:
-            found[chosen] = Example(f"sums-{_listed(chosen)}", chosen)
-    return list(found.values())
+    test = one_of(split, ("train", "test"), "split") == "test"
+    rng = random.Random(seed)
+    chosen: dict[tuple, Example] = {}
+    while len(chosen) < n:
+        pairs = tuple((rng.randrange(10), rng.randrange(10)) for _ in range(SUMS))
+        if _in_test(pairs) == test:
+            chosen[pairs] = Example(f"sums-{_listed(pairs)}", pairs)
+    return list(chosen.values())
+
+
+def _in_test(pairs: tuple[tuple[int, int], ...]) -> bool:
+    digest = hashlib.sha256(_listed(pairs).encode()).digest()
+    return int.from_bytes(digest[:8]) % 100 < TEST_PERCENT
 
 
 def read(path: str | Path, n: int | None = None) -> list[Example]:
-    """The first n problems (all if None) of a jsonl file of `{"sums":
-    "7+8,0+5,1+1,9+9,2+3,4+4,6+0,3+8"}`.
+    """The first n problems, all if None, of a jsonl file.
 
-    FileNotFoundError if there is no such file; ValueError naming file and line on a malformed row,
-    or if there are fewer than n.
+    A row is `{"sums": "7+8,0+5,1+1,9+9,2+3,4+4,6+0,3+8"}`.  FileNotFoundError if there is no such
+    file; ValueError naming file and line on a malformed row, or if there are fewer than n.
     """
-    found = [
-        Example(
-            f"{Path(path).name}:{where.rpartition(':')[2]}",
-            _pairs(field(row, "sums", str, where), where),
-        )
+    rows = [
+        Example(line_name(where), _pairs(field(row, "sums", str, where), where))
         for where, row in objects(path)
     ]
-    return first(found, n, path)
+    return first(rows, n, path)
 
 
 def record(example: Example) -> dict:
@@ -82,12 +81,13 @@ def _pairs(text: str, where: str) -> tuple[tuple[int, int], ...]:
 
 
 def prompt(example: Example, style: str) -> str:
-    """Compact: "7+8=  ;0+5=  ;...:".  d1, d1-eval: an instruction that asks for the same between
-    <answer> tags.
-    """
+    """Compact: "7+8=  ;0+5=  ;...:".  d1, d1-eval: asks for the same between <answer> tags."""
     if one_of(style, STYLES, "style") == "compact":
         return "".join(f"{a}+{b}=  ;" for a, b in example.pairs) + ":"
-    return f"Work out {_listed(example.pairs)}. Respond with all of them, in order, sums in two digits: <answer>7+8=15;0+5=05;</answer>"
+    return (
+        f"Work out {_listed(example.pairs)}. Respond with all of them, in order, "
+        "sums in two digits: <answer>7+8=15;0+5=05;</answer>"
+    )
 
 
 def split_key(example: Example) -> tuple:
@@ -121,13 +121,10 @@ def verdict(completion: str, example: Example, *, protocol: str, style: str) -> 
     if failure is None:
         lines = [answer[i : i + LINE] for i in range(0, len(answer), LINE)]
         correct = sum(line == _line(a, b) for line, (a, b) in zip(lines, example.pairs))
-        failure = (
-            "wrong_length"
-            if len(answer) != COMPACT_LENGTH
-            else "wrong_sums"
-            if correct < SUMS
-            else None
-        )
+        if len(answer) != COMPACT_LENGTH:
+            failure = "wrong_length"
+        elif correct < SUMS:
+            failure = "wrong_sums"
     share = 0.0 if failure == "wrong_length" else correct / SUMS
     return Verdict(share, failure, {"solved": float(failure is None), "correct": float(correct)})
 

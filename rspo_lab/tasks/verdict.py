@@ -1,5 +1,4 @@
-"""Verdicts: what a verifier says of one completion, and where a strict verifier looks for the
-answer.
+"""Verdicts: what a verifier says of one completion, and where a strict one looks for the answer.
 
 Rewards are in [0, 1].  Protocol "strict" pays 1 for a correct answer and 0 for anything else;
 protocol "d1" reproduces the published evaluation scorer (github.com/dllm-reasoning/d1,
@@ -12,11 +11,8 @@ from dataclasses import dataclass
 
 PROTOCOLS = ("strict", "d1")
 STYLES = ("compact", "d1", "d1-eval")
-PREFILL = {
-    "compact": "",
-    "d1": "",
-    "d1-eval": "<reasoning>",
-}  # written after the chat template; not part of the completion
+# written after the chat template; not part of the completion
+PREFILL = {"compact": "", "d1": "", "d1-eval": "<reasoning>"}
 D1_FORMAT = """
 Respond in the following format:
 <reasoning>
@@ -33,18 +29,29 @@ Your reasoning here
 <answer>
 \boxed{...}
 </answer>"""  # d1, eval/*.py
+D1_EXPERT = (
+    "You are a math expert. You will be given a question to solve. Solve it step by step. "
+    "Wrap the final answer in a \\boxed{}."
+)  # d1, of gsm8k and math500
 LONGEST_ANSWER = 200  # characters; the longest of MATH is 159
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`failure` is None exactly when nothing is wrong; `components` are named numbers to log beside
-    the reward.
+    """What is said of a completion; `failure` is None exactly when nothing is wrong.
+
+    components: named numbers to log beside the reward.
     """
 
     reward: float
     failure: str | None
     components: dict[str, float]
+
+
+def all_or_nothing(failure: str | None, **components: float) -> Verdict:
+    """Reward 1 and `solved` 1 where nothing is wrong, else 0; with further components."""
+    solved = float(failure is None)
+    return Verdict(solved, failure, {"solved": solved, **components})
 
 
 def one_of(value: str, choices: tuple[str, ...], noun: str) -> str:
@@ -55,7 +62,7 @@ def one_of(value: str, choices: tuple[str, ...], noun: str) -> str:
 
 
 def in_words(style: str, task: str) -> str:
-    """`style` if it is one of messages in words, else ValueError: the task has no compact style."""
+    """`style` if it is one of messages in words.  Raises ValueError for "compact"."""
     if one_of(style, STYLES, "style") == "compact":
         raise ValueError(
             f"{task} has no compact style: give style d1 or d1-eval, and a model that reads words"
@@ -66,28 +73,39 @@ def in_words(style: str, task: str) -> str:
 def strict_answer(
     completion: str, style: str, *, longest: int = LONGEST_ANSWER, ascii_only: bool = True
 ) -> tuple[str, str | None]:
-    """(answer, None) or ("", failure): the one answer of a completion, at most `longest` characters
-    and ASCII unless told otherwise.
+    """(answer, None) or ("", failure): the one answer of a completion.
 
-    Unless the style is "compact", exactly one `<answer>` and one `</answer>` must occur; a single
-    `\\boxed{...}` may wrap the answer.
+    It has at most `longest` characters, ASCII unless told otherwise.  Unless the style is
+    "compact", exactly one `<answer>` and one `</answer>` must occur; a single `\\boxed{...}` may
+    wrap the answer.
     """
-    if one_of(style, STYLES, "style") != "compact":
-        opened, closed = completion.count("<answer>"), completion.count("</answer>")
-        if opened > 1 or closed > 1:
-            return "", "several_answers"
-        head, _, tail = completion.partition("<answer>")
-        if not opened or "</answer>" not in tail:
-            return "", "no_answer"
-        answer = tail.partition("</answer>")[0].strip()
-        if answer.count("\\boxed") > 1:
-            return "", "several_answers"
-        if answer.startswith("\\boxed{") and answer.endswith("}"):
-            answer = answer[len("\\boxed{") : -1].strip()
-    else:
+    if one_of(style, STYLES, "style") == "compact":
         answer = completion.strip()
+        failure = None
+    else:
+        answer, failure = _answer_block(completion)
+    if failure is not None:
+        return "", failure
     if not answer:
         return "", "no_answer"
     if len(answer) > longest:
         return "", "too_long"
-    return ("", "not_ascii") if ascii_only and not answer.isascii() else (answer, None)
+    if ascii_only and not answer.isascii():
+        return "", "not_ascii"
+    return answer, None
+
+
+def _answer_block(completion: str) -> tuple[str, str | None]:
+    """What stands between the tags, out of its box; ("", failure) unless there is one answer."""
+    opened = completion.count("<answer>")
+    if opened > 1 or completion.count("</answer>") > 1:
+        return "", "several_answers"
+    tail = completion.partition("<answer>")[2]
+    if not opened or "</answer>" not in tail:
+        return "", "no_answer"
+    answer = tail.partition("</answer>")[0].strip()
+    if answer.count("\\boxed") > 1:
+        return "", "several_answers"
+    if answer.startswith("\\boxed{") and answer.endswith("}"):
+        answer = answer[len("\\boxed{") : -1].strip()
+    return answer, None
