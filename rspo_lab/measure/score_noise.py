@@ -84,14 +84,12 @@ def score_rows(
     valid = batch.valid.cpu().repeat_interleave(redraws, 0)
     rows = []
     for done, (name, k) in enumerate(product(designs, views), 1):
-        try:
-            masks = drawers[name](valid, k, generator=generator(seed, name, k))
-        except ValueError:  # an odd number of paired views
-            continue
-        score = _estimates(ours, batch, masks, slice_size)
-        base = _estimates(theirs, batch, masks, slice_size)
-        quantities = _noise_quantities(score, base, expectation)
-        rows += [(name, k, masks.forward_passes, *quantity) for quantity in quantities]
+        masks = _masks_or_none(drawers[name], valid, k, generator(seed, name, k))
+        if masks is not None:
+            score = _estimates(ours, batch, masks, slice_size)
+            base = _estimates(theirs, batch, masks, slice_size)
+            quantities = _noise_quantities(score, base, expectation)
+            rows += [(name, k, masks.forward_passes, *quantity) for quantity in quantities]
         on_design(done, len(designs) * len(views))
     if tabled:
         rows += exact_rows(ours, theirs)
@@ -102,6 +100,16 @@ def frame_of(rows: list[tuple]) -> pd.DataFrame:
     """Measured quantities as a frame: (design, views, cost, quantity, value, stderr) per row."""
     frame = pd.DataFrame(rows, columns=["design", "views", "cost", "quantity", "value", "stderr"])
     return frame.astype({"value": float, "stderr": float})
+
+
+def _masks_or_none(
+    drawer: Callable, valid: Bool[Tensor, "N L"], views: int, draw: torch.Generator
+) -> Masks | None:
+    """Masks of a design, or None if it cannot make so many views (an odd number of paired ones)."""
+    try:
+        return drawer(valid, views, generator=draw)
+    except ValueError:
+        return None
 
 
 def _tabled_expectation(ours: Tables, theirs: Tables) -> Expectation:
