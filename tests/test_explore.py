@@ -23,7 +23,7 @@ from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.measure.gap import through_training
 from rspo_lab.models.loading import load
 from rspo_lab.oracle import count_moments
-from rspo_lab.policies import reference_of, trained_run
+from rspo_lab.policies import reference_of
 from rspo_lab.random_streams import generator
 from rspo_lab.runs.files import write_json
 from rspo_lab.tasks import sudoku
@@ -93,15 +93,9 @@ def test_training_runs_are_those_with_saved_policies_latest_first(tmp_path):
 def test_points_agree_with_the_gap_measured_without_tables(root, held):
     """On a design without randomness notebook 04's own measurement must give the same rows."""
     ours = explore.gap_points(held, "one_step", 1, 0.2, seed=1)
+    path = root / "02_train/first/snapshots/000006"
     theirs = through_training(
-        trained_run(root / "02_train/first"),
-        steps=[6],
-        prompts=2,
-        group=3,
-        design="one_step",
-        views=1,
-        lam=0.2,
-        seed=1,
+        CONFIG, {6: path}, prompts=2, group=3, design="one_step", views=1, lam=0.2, seed=1
     )
     assert (
         ours["d"].std() > 0.1 and ours["advantage"].abs().max() > 0

@@ -13,11 +13,10 @@ from conftest import completions, table_denoiser
 from rspo_lab import policies
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import elbo_draws, log_ratio_draws, token_logps
-from rspo_lab.figures.style import design_look
 from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.measure import gradient_noise, score_noise
 from rspo_lab.measure.gap import gap_samples, through_training
-from rspo_lab.measure.gradient_noise import gradient_rows, rollout_noise, scheme
+from rspo_lab.measure.gradient_noise import gradient_rows, method_config, rollout_noise, scheme
 from rspo_lab.measure.score_noise import score_rows, table_anova, table_estimates
 from rspo_lab.objectives import METHODS, Loss, Method, relative_score, score
 from rspo_lab.oracle import count_moments, exact_elbo, exact_scores, subset_tables
@@ -289,6 +288,20 @@ def test_schemes_are_read_or_refused():
         scheme("count + two-level", replace(config, objective="reinforce_elbo"), 2)
 
 
+def test_a_gradient_is_measured_whatever_the_run_trained_with():
+    """Another method, and what only makes sense with the run's own masks is set aside."""
+    config, _ = fixed(ROWS, ADVANTAGE, residual="leave_one_out", views=2, score_unit="token")
+    changes = {"objective": "reinforce_elbo", "hyper": None, "advantage": "mean_centred"}
+    measured = method_config(replace(config, **changes), "rspo", lam=0.3)
+    assert (measured.objective, measured.lam, measured.advantage) == ("rspo", 0.3, "mean_centred")
+    assert (measured.residual, measured.score_unit) == ("shared", "sequence")
+    without = replace(config, hyper={"use_reference": False})
+    assert method_config(without, "rspo", lam=0.3).hyperparameters["use_reference"]
+    two_levels = replace(config, residual="shared", old_views=4, allocate=True)
+    assert method_config(two_levels, "reinforce_elbo", lam=0.3).old_views == 0
+    assert scheme("cycle", measured, 1).views == 1  # one replicate would not do for leave_one_out
+
+
 def test_other_methods_are_measured_as_they_are(tables, monkeypatch):
     """REINFORCE is RSPO at lam = 0; a user's loss gets its own hyperparameter."""
 
@@ -548,17 +561,3 @@ def test_through_training_centres_with_the_runs_own_scope(trained, scope):
 def test_a_gap_needs_a_target(trained):
     with pytest.raises(ValueError, match="needs lam > 0"):
         through_training(trained, **GAP | {"lam": 0.0})
-
-
-def test_no_two_designs_of_a_figure_look_alike():
-    more = [
-        "bsc(0, 0)",
-        "bsc(1, 1)",
-        "cyck(2)",
-        "auto",
-        "auto + two-level + allocated",
-    ]
-    looks = design_look([*DESIGNS, *more])
-    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(DESIGNS) + len(
-        more
-    )  # some figures have no lines

@@ -216,7 +216,7 @@ def exact_figure(samples: pd.DataFrame) -> Figure:
             rows,
             (
                 ("d", "d_exact", "estimate d", "exact ELBO ratio"),
-                ("d_exact", "random_order_log_ratio", "exact ELBO ratio", "random-order log-ratio"),
+                ("d_exact", "log_ratio", "exact ELBO ratio", "exact log π/π_ref"),
             ),
         ):
             for axis, step in zip(row, steps):
@@ -291,11 +291,11 @@ def gap_summary_figure(summary: pd.DataFrame) -> Figure:
         _line(gaps, summary, "elbo_gap_not_solved", TARGET, "not solved", marker="^")
         gaps.set(title="log π − ELBO, nats", xlabel="step", ylim=(0, None))
         _bars(means, summary, "mean_d_exact", POLICY, "o", "ELBO ratio")
-        _bars(means, summary, "mean_random_order", TARGET, "^", "random order")
+        _bars(means, summary, "mean_log_ratio", TARGET, "^", "log-ratio")
         means.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
         means.set(title="Mean exact value, nats", xlabel="step")
         _bars(correlations, summary, "r_estimate", POLICY, "o", "estimate, ELBO ratio")
-        _bars(correlations, summary, "r_random_order", TARGET, "^", "ELBO ratio, random order")
+        _bars(correlations, summary, "r_log_ratio", TARGET, "^", "ELBO ratio, log-ratio")
         correlations.set(title="Correlation", xlabel="step", ylim=(None, 1.05))
         for axis in figure.axes:
             axis.legend().set_in_layout(False)

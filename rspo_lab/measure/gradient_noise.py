@@ -30,6 +30,24 @@ FORWARDS = 4  # of one view in one level: policy forward and backward (2), refer
 MOVING_VIEWS = 4  # of `count`, for the updates before the one that is measured
 
 
+def method_config(config: TrainConfig, objective: str, *, lam: float) -> TrainConfig:
+    """`config` with the method and the lambda whose gradient is measured.
+
+    What schemes vary is set aside: one level of masks, the shared residual, the sequence's score.
+    The method's own hyperparameters are its defaults; the advantage is still the run's.
+    """
+    return replace(
+        config,
+        objective=objective,
+        hyper=None,
+        lam=lam,
+        residual="shared",
+        score_unit="sequence",
+        old_views=0,
+        allocate=False,
+    )
+
+
 def scheme(text: str, config: TrainConfig, views: int, inner_steps: int = 1) -> TrainConfig:
     """`config` with the masks of a scheme: a design, then any of "+ two-level", "+ allocated".
 
