@@ -35,9 +35,9 @@ def flop(run: Callable[[], object]) -> int:
 def timed(
     runs: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
 ) -> dict[str, tuple[list[float], float]]:
-    """(seconds of each call, peak bytes) of each of some calls; ([], nan) if out of memory.
+    """(seconds of every repeat, peak bytes) per call; ([], nan) if out of memory.
 
-    They take turns after a warm-up.
+    The calls take turns after a warm-up.
     """
     measured = {}
     for name, run in runs.items():

@@ -116,7 +116,8 @@ def _against_target(
 def gap_table(samples: pd.DataFrame, *, seed: int, resamples: int = 400) -> pd.DataFrame:
     """The samples of `through_training` as one row per saved policy.
 
-    solved: solve rate; distinct: number of distinct completions; target_rms, gap_rms.
+    solved: solve rate; distinct: number of distinct pairs of the two exact values (1 at step 0);
+    target_rms, gap_rms: of target and gap.
     flips, flips_exact: share of the sequences with A != 0 whose weight A - lam d_hat has the other
     sign, by the estimated and by the exact ELBO ratio.
     slope, r_estimate: exact ELBO ratio regressed on, and correlated with, the estimated one (mask

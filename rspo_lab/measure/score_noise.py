@@ -277,4 +277,5 @@ def count_check(policy: Denoiser, batch: Batch, *, redraws: int, seed: int) -> d
         policy, policy, batch, designs=["count"], views=[1], redraws=redraws, seed=seed
     )
     measured = rows.set_index("quantity").loc["var_score"]
-    return {"exact": exact, "measured": measured["value"], "stderr": measured["stderr"]}
+    value, stderr = float(measured["value"]), float(measured["stderr"])
+    return {"exact": exact, "measured": value, "stderr": stderr}

@@ -118,7 +118,7 @@ class Bench:
     """A policy and its naive twin on one batch, and the calls that are timed.
 
     A path is "ours" or "naive".  Without LoRA each path has a frozen copy of its own as reference,
-    so that peaks hold one more copy than training does.
+    so that peaks have one more copy than training does.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ def _cost(run: Callable[[Masks], object], first: Batch) -> Cost:
 
 
 def _paths(run: Callable[..., object], *given) -> dict[str, Callable[[], object]]:
-    """`run(path, *given)` of both paths."""
+    """`run(path, *given)` per path."""
     return {path: partial(run, path, *given) for path in ("ours", "naive")}
 
 
