@@ -97,7 +97,8 @@ def _against_target(
     def terms_of(column: str) -> RelativeScore:
         d = torch.tensor(samples[column].to_numpy())[None]
         advantage = rollouts.advantage
-        return relative_score(d, advantage, lam=lam, scope=scope, group=rollouts.group)
+        how = {"lam": lam, "scope": scope, "group": rollouts.group}
+        return relative_score(d, advantage, **how)
 
     estimated = terms_of("d")
     return samples.assign(

@@ -169,7 +169,8 @@ def _redraw(
     last = views_of_updates(config, policy, reference, rollouts, profile, key)[-1]
     scored = time.perf_counter()
     gradient, token_logp = _gradient(config, moved, rollouts, last)
-    d = log_ratio(evidence(rollouts, last, token_logp), config.score_unit).mean(0)
+    seen = evidence(rollouts, last, token_logp)
+    d = log_ratio(seen, config.score_unit).mean(0)  # pyright: ignore[reportArgumentType]
     forwards = 3 * last.masks.forward_passes + last.forwards
     return Redraw(
         gradient=gradient,

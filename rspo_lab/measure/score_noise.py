@@ -72,15 +72,16 @@ def score_rows(
     ValueError for an unknown design.
     """
     drawers = {name: design_named(name) for name in designs}
-    tabled = int(batch.valid.sum(1).max()) <= TABLED
-    if tabled:
+    if int(batch.valid.sum(1).max()) <= TABLED:
         ours = subset_tables(policy, batch, slice_size=slice_size)
         theirs = subset_tables(reference, batch, slice_size=slice_size)
         expectation = _tabled_expectation(ours, theirs)
+        exact = exact_rows(ours, theirs)
     else:
         ours = policy
         theirs = reference
         expectation = _drawn_expectation(policy, reference, batch, seed, slice_size)
+        exact = []
     valid = batch.valid.cpu().repeat_interleave(redraws, 0)
     rows = []
     for done, (name, k) in enumerate(product(designs, views), 1):
@@ -91,9 +92,7 @@ def score_rows(
             quantities = _noise_quantities(score, base, expectation)
             rows += [(name, k, masks.forward_passes, *quantity) for quantity in quantities]
         on_design(done, len(designs) * len(views))
-    if tabled:
-        rows += exact_rows(ours, theirs)
-    return frame_of(rows)
+    return frame_of(rows + exact)
 
 
 def frame_of(rows: list[tuple]) -> pd.DataFrame:
@@ -159,7 +158,8 @@ def _noise_quantities(
     signal = expectation.signal
     if signal + noise > 0:
         slope = signal / (signal + noise)
-        rows.append(("reliability", slope, slope**2 / signal * noise_error if signal else 0.0))
+        error = slope**2 / signal * noise_error if signal else torch.zeros(())
+        rows.append(("reliability", slope, error))
     return rows
 
 

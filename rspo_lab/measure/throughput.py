@@ -6,7 +6,7 @@ B times the denoising steps in a rollout.  GiB of 2^30 bytes, TFLOP of 10^12.
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,7 +44,7 @@ class Work:
     name: str
     sequences: int
     flop: int  # the useful ones, the same number for both paths
-    run: dict[str, Callable[[], object]]
+    run: Mapping[str, Callable[[], object]]
     views: int = 1
     note: str = ""
 
