@@ -9,7 +9,7 @@ import torch
 
 from rspo_lab.diagnostics import gap_summary
 from rspo_lab.measure.gap import gap_table
-from rspo_lab.measure.score_noise import factors
+from rspo_lab.measure.variance_table import efficiency, factors, tidy
 from rspo_lab.statistics import correlation, mean_interval, variance_se, wilson
 
 
@@ -113,12 +113,36 @@ def test_intervals_by_hand_and_by_coverage():
 
 def test_factors_are_at_equal_cost():
     rows = [("count", 2, 2.0, 6.0), ("coupled", 2, 1.5, 2.0), ("t_redraw", 2, 2.0, 50.0)]
-    frame = pd.DataFrame(rows, columns=["design", "views", "cost", "value"]).assign(
-        quantity="var_d_shared", stderr=0.1
-    )
-    assert factors(frame).to_dict("records") == [
-        {"coupled": "4.00 ± 0.41"}
-    ]  # 1.96 * 4 * sqrt((.1/2)^2 + (.1/6)^2)
+    frame = pd.DataFrame(rows, columns=["design", "views", "cost", "value"])
+    frame = frame.assign(quantity="var_d_shared", stderr=0.1)
+    # 1.96 * 4 * sqrt((.1/2)^2 + (.1/6)^2)
+    assert factors(frame).to_dict("records") == [{"coupled": "4.00 ± 0.41"}]
+
+
+def test_efficiency_compares_a_design_with_its_own_baseline_only():
+    """At equal task, policy, quantity and views; without a baseline there, or noise, no row."""
+    rows = [
+        ("count", 2, "var_score", 8.0),
+        ("cycle", 2, "var_score", 2.0),
+        ("count", 2, "var_gradient", 3.0),
+        ("cycle", 2, "var_gradient", 6.0),
+        ("cycle", 4, "var_gradient", 6.0),
+        ("one_step", 2, "var_score", 0.0),
+        ("count", 2, "var_rollouts", 1.0),
+        ("count", 2, "bias_d", 1.0),
+        ("t_redraw", 2, "var_score", 4.0),
+    ]
+    frame = pd.DataFrame(rows, columns=["design", "views", "quantity", "value"])
+    frame = tidy(frame.assign(cost=2.0, stderr=0.1), task="t", policy="p")
+    table = efficiency(frame).set_index(["task", "policy", "quantity", "design"])["ratio"]
+    assert table.to_dict() == {
+        ("t", "p", "var_score", "count"): 1.0,
+        ("t", "p", "var_score", "cycle"): 4.0,
+        ("t", "p", "var_gradient", "count"): 1.0,
+        ("t", "p", "var_gradient", "cycle"): 0.5,
+    }
+    infinite = efficiency(frame, baseline="t_redraw").set_index("design")["ratio"]
+    assert infinite.to_dict() == {"count": 0.5, "cycle": 2.0, "t_redraw": 1.0}
 
 
 def test_gap_table_by_hand():
@@ -130,32 +154,35 @@ def test_gap_table_by_hand():
             "advantage": [1.0, -1.0, 0.0, 0.0],
             "d": [0.0, 1.0, 2.0, 3.0],
             "d_exact": [0.0, 2.0, 4.0, 6.0],
-            "log_ratio": [3.0, 2.0, 1.0, 0.0],
+            "random_order_log_ratio": [3.0, 2.0, 1.0, 0.0],
             "elbo_gap": [0.1, 0.4, 0.1, 0.2],
             "target": [2.0, -2.0, 0.0, 0.0],
             "gap": [3.5, -1.5, -0.5, -1.5],
+            "flipped": [True, False, False, False],
+            "flipped_exact": False,
         }
     )
-    lam = 0.5
-    samples["weight"] = samples["advantage"] - lam * (samples["d"] - samples["d"].mean())
-    (row,) = gap_table(samples, lam, seed=0, resamples=50).to_dict("records")
-    assert (
-        row["slope"] == pytest.approx(2)
-        and row["r_estimate"] == pytest.approx(1)
-        and row["r_log_ratio"] == pytest.approx(-1)
-    )
-    assert (
-        row["flips"] == 0
-        and row["flips_exact"] == 0
-        and row["solved"] == 0.75
-        and row["distinct"] == 4
+    (row,) = gap_table(samples, seed=0, resamples=50).to_dict("records")
+    assert row["slope"] == pytest.approx(2)
+    assert row["r_estimate"] == pytest.approx(1) and row["r_random_order"] == pytest.approx(-1)
+    assert row["flips"] == 0.5 and row["flips_exact"] == 0  # of the two with an advantage
+    assert row["solved"] == 0.75 and row["distinct"] == 4 and row["n"] == 4
+    assert row["target_rms"] == pytest.approx(2**0.5) and row["gap_rms"] == pytest.approx(
+        17**0.5 / 2
     )
     assert row["elbo_gap_not_solved"] == 0.4 and row["elbo_gap_solved"] == pytest.approx(0.4 / 3)
+    assert row["mean_random_order"] == 1.5
     assert row["mean_d_exact_low"] <= row["mean_d_exact"] == 3 <= row["mean_d_exact_high"]
-    flipped = gap_table(samples.assign(weight=-samples["weight"]), lam, seed=0, resamples=2).loc[
-        0, "flips"
-    ]
-    assert flipped == 1
+
+
+def test_gap_table_without_movement_or_advantage_has_no_correlation_and_no_flips():
+    columns = ["d", "d_exact", "random_order_log_ratio", "advantage", "target", "gap", "reward"]
+    samples = pd.DataFrame(0.0, index=range(4), columns=[*columns, "elbo_gap"])
+    samples = samples.assign(step=0, problem=[0, 0, 1, 1], flipped=False, flipped_exact=False)
+    (row,) = gap_table(samples, seed=0, resamples=5).to_dict("records")
+    for name in ("slope", "r_estimate", "r_random_order", "r_estimate_low", "flips", "flips_exact"):
+        assert np.isnan(row[name]), name
+    assert row["gap_rms"] == 0 and row["elbo_gap_high"] == 0
 
 
 def test_wilson_holds_the_proportion_to_the_last_bit():

@@ -1,6 +1,6 @@
-"""The benchmark: FLOP and memory counted by hand, both paths equal, memory that does not grow with
-the views, a path without memory.
-"""
+"""The benchmark: FLOP and memory counted by hand, both paths equal, a path without memory."""
+
+import weakref
 
 import pytest
 import torch
@@ -14,7 +14,12 @@ from rspo_lab.measure.naive import NaiveLM, naive_generate
 from rspo_lab.models.adapters import add_lora
 from rspo_lab.random_streams import generator
 
-WIDTH, FFN, VOCAB, RANK, PROMPT, COMPLETION = 32, 48, 3000, 4, 5, 12
+WIDTH = 32
+FFN = 48
+VOCAB = 3000
+RANK = 4
+PROMPT = 5
+COMPLETION = 12
 SHAPE = {
     "width": WIDTH,
     "ffn": FFN,
@@ -32,76 +37,58 @@ def small(*, lora=True, **changes):
     model = throughput.random_model(**SHAPE | changes)
     if lora:
         add_lora(model, "all-linear", rank=RANK, alpha=8.0, seed=0)
-    return model, throughput.random_batch(
-        model, 3, PROMPT, COMPLETION, generator=generator(0, "batch")
-    )
+    draw = generator(0, "batch")
+    return model, throughput.random_batch(model, 3, PROMPT, COMPLETION, generator=draw)
 
 
 def named(model, batch, **changes):
-    return {
-        (work.name, work.views): work for work in throughput.works(model, batch, **GIVEN | changes)
-    }
+    """Works by name and views."""
+    works = throughput.works(model, batch, **GIVEN | changes)
+    return {(work.name, work.views): work for work in works}
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_flop_equal_a_count_by_hand(lora):
-    """One layer: 4 square matrices, 3 of the gated layer, attention, the head on hidden tokens;
-    backward by what has a gradient.
+    """One layer: 4 square matrices, 3 of the gated layer, attention, the head on hidden tokens.
+
+    Backward by what has a gradient.
     """
     model, batch = small(lora=lora)
-    found, hidden = (
-        named(model, batch),
-        count(batch.valid, 1, generator=generator(0, 1, "masks")).hidden.sum().item(),
-    )
-    tokens, length = 3 * (PROMPT + COMPLETION), PROMPT + COMPLETION
-    square, gated, head = (
-        2 * tokens * WIDTH**2,
-        2 * tokens * WIDTH * FFN,
-        2 * hidden * WIDTH * VOCAB,
-    )
-    attention = (
-        4 * tokens * length * WIDTH
-    )  # torch counts 5 products backward, that of the recomputed scores too
-    down, up = (
-        2 * tokens * RANK * (6 * WIDTH + FFN),
-        2 * tokens * RANK * (5 * WIDTH + 2 * FFN),
-    )  # into and out of the adapters
+    works = named(model, batch)
+    hidden = count(batch.valid, 1, generator=generator(0, 1, "masks")).hidden.sum().item()
+    length = PROMPT + COMPLETION
+    tokens = 3 * length
+    square = 2 * tokens * WIDTH**2
+    gated = 2 * tokens * WIDTH * FFN
+    head = 2 * hidden * WIDTH * VOCAB
+    # torch counts 5 products backward, that of the recomputed scores too
+    attention = 4 * tokens * length * WIDTH
+    # into and out of the adapters
+    down = 2 * tokens * RANK * (6 * WIDTH + FFN)
+    up = 2 * tokens * RANK * (5 * WIDTH + 2 * FFN)
     base = 4 * square + 3 * gated + attention + head
     adapters = down + up if lora else 0
-    assert (
-        found["score", 1].flop == base + adapters and found["score, adapters off", 1].flop == base
-    )
-    assert (
-        found["score, body alone", 1].flop + found["score, head alone", 1].flop == base + adapters
-    )
+    assert works["score", 1].flop == base + adapters
+    assert works["score, adapters off", 1].flop == base
+    parts = [works[f"score, {part} alone", 1].flop for part in ("body", "head")]
+    assert sum(parts) == base + adapters
     if lora:  # embeddings are frozen, so no gradient goes through q, k and v of the first layer
-        backward = (
-            square
-            + 3 * gated
-            + 2.5 * attention
-            + head
-            + 2 * up
-            + 2 * down
-            - 3 * 2 * tokens * RANK * WIDTH
-        )
+        adapters_backward = 2 * up + 2 * down - 3 * 2 * tokens * RANK * WIDTH
+        backward = square + 3 * gated + 2.5 * attention + head + adapters_backward
     else:
         backward = 8 * square + 6 * gated + 2.5 * attention + 2 * head
-    assert found["score and gradient", 1].flop == base + adapters + backward
+    assert works["score and gradient", 1].flop == base + adapters + backward
 
 
 def test_useful_flop_are_those_of_a_call_that_does_nothing_twice():
-    """In one slice ours does no more than is counted as useful; in several it also has a pass
-    without gradient.
-    """
+    """In one slice ours does no more than is counted as useful; in several also a first forward."""
     model, batch = small(lora=False)
     for slice_size, passes in ((24, 0), (3, 1)):
         work = named(model, batch, slice_size=slice_size)["update", 8]
         masks = count(batch.valid, 8, generator=generator(0, 8, "masks"))
-        forward = (
-            masks.hidden.sum().item() * 2 * WIDTH * VOCAB
-            + 24 * named(model, batch)["score, body alone", 1].flop // 3
-        )
-        assert flop(work.run["ours"]) == work.flop + passes * forward
+        head = masks.hidden.sum().item() * 2 * WIDTH * VOCAB
+        body = 24 * named(model, batch)["score, body alone", 1].flop // 3
+        assert flop(work.run["ours"]) == work.flop + passes * (head + body)
     assert flop(work.run["naive"]) > work.flop
 
 
@@ -130,20 +117,17 @@ def test_live_tensors_count_what_a_graph_keeps():
 
 
 def test_both_paths_compute_the_same():
-    found = throughput.exact_check("cpu", seed=0)
-    assert (
-        len(found) == 4 and max(found.values()) < 1e-5 and found["greedy completions, tokens"] == 0
-    )
+    check = throughput.exact_check("cpu", seed=0)
+    assert len(check) == 4 and max(check.values()) < 1e-5
+    assert check["greedy completions, tokens"] == 0
 
 
 def test_the_check_would_see_a_difference(monkeypatch):
     plain = NaiveLM.all_logits
     monkeypatch.setattr(NaiveLM, "all_logits", lambda self, ids: 1.1 * plain(self, ids))
-    found = throughput.exact_check("cpu", seed=0)
-    assert (
-        min(found[name] for name in ("token log-probs, nats", "draws, nats", "gradient, relative"))
-        > 1e-4
-    )
+    check = throughput.exact_check("cpu", seed=0)
+    names = ("token log-probs, nats", "draws, nats", "gradient, relative")
+    assert min(check[name] for name in names) > 1e-4
 
 
 def test_naive_sampler_writes_text_and_repeats_itself():
@@ -158,70 +142,86 @@ def test_naive_sampler_writes_text_and_repeats_itself():
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
-def test_peak_memory_of_an_update_does_not_grow_with_the_views_and_that_of_the_naive_one_does():
+def test_peak_memory_grows_with_the_views_on_the_naive_path_only():
     model, batch = small()
-    found = named(model, batch)
+    works = named(model, batch)
     with LiveTensors() as resident:
         pass
-    peak = {
-        (path, k): peak_bytes(found["update", k].run[path], model.device)
-        for k in (2, 8)
-        for path in ("ours", "naive")
-    }
-    assert peak["ours", 8] < 1.1 * peak["ours", 2]
-    grown = (peak["naive", 8] - resident.now) / (peak["naive", 2] - resident.now)
-    assert 2.5 < grown < 4.5
+
+    def peak(path, views):
+        return peak_bytes(works["update", views].run[path], model.device)
+
+    ours = {views: peak("ours", views) for views in (2, 8)}
+    naive = {views: peak("naive", views) - resident.now for views in (2, 8)}
+    assert ours[8] < 1.1 * ours[2]
+    assert 2.5 < naive[8] / naive[2] < 4.5
     logits = 4 * 8 * 3 * (PROMPT + COMPLETION) * VOCAB
-    assert peak["naive", 8] - resident.now > logits > peak["ours", 8] - resident.now
+    assert naive[8] > logits > ours[8] - resident.now
 
 
-def test_rows_agree_and_a_path_without_memory_says_so(monkeypatch):
-    monkeypatch.setattr(
-        naive, "_memory", lambda: 4 * 3 * 8 * (PROMPT + COMPLETION) * VOCAB - 1
-    )  # enough for 2 views
-    monkeypatch.setitem(throughput.MATMUL, "cpu", 64)
-    model, batch = small()
+@pytest.fixture(scope="module")
+def measured():
+    """(rows, progress) where the naive path has memory for 2 views but not for 8."""
+    enough = 4 * 3 * 8 * (PROMPT + COMPLETION) * VOCAB - 1
     told = []
-    rows = throughput.measure(
-        model, batch, repeats=1, on_work=lambda done, of: told.append((done, of)), **GIVEN
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(naive, "_memory", lambda: enough)
+        patch.setitem(throughput.MATMUL, "cpu", 64)
+        rows = throughput.measure(
+            *small(), repeats=1, on_work=lambda done, of: told.append((done, of)), **GIVEN
+        )
+    return rows, told
+
+
+def test_a_path_without_memory_says_so(measured):
+    rows, told = measured
     assert told == [(n, 10) for n in range(1, 11)]
-    full = rows[rows["note"] != "out of memory"]
-    assert len(rows) - len(full) == 1 and not full.isna().any(axis=None)
-    without = rows[rows["note"] == "out of memory"].iloc[0]
-    assert (
-        tuple(without[["work", "path", "views"]]) == ("update", "naive", 8)
-        and without[["seconds", "tflops", "peak_gib"]].isna().all()
-    )
-    assert (full["share_of_ceiling"] * full["tflops"].iloc[0]).tolist() == pytest.approx(
-        full["tflops"].tolist()
-    )
-    assert (full["tokens_per_s"]).tolist() == pytest.approx(
-        (full["sequences_per_s"] * (PROMPT + COMPLETION)).tolist()
-    )
-    useful = (full["tflops"] * full["seconds"]).groupby([full["work"], full["views"]])
-    assert (useful.max() / useful.min()).tolist() == pytest.approx([1] * len(useful))
-    table = throughput.ratios(rows)
-    assert table.index[0] == ("score", 1) and table.index[-1] == ("update", 8)
-    assert table["times"].isna().sum() == 2  # the body has no naive path
-    shares = throughput.scoring_shares(rows)
-    assert shares["body"] * shares["most that a head can win"] == pytest.approx(1)
+    without = rows[rows["note"] == "out of memory"]
+    assert without[["work", "path", "views"]].values.tolist() == [["update", "naive", 8]]
+    assert without[["seconds", "tflops", "peak_gib"]].isna().all(axis=None)
+    assert not rows.drop(without.index).isna().any(axis=None)
     texts = [text.get_text() for axis in throughput_figure(rows).axes for text in axis.texts]
     assert "naive: out of memory" in texts and "naive: out of memory at K = 8" in texts
 
 
+def test_rates_agree_with_each_other(measured):
+    rows, _ = measured
+    full = rows[rows["note"] != "out of memory"]
+    ceiling = full["tflops"].iloc[0]
+    assert (full["share_of_ceiling"] * ceiling).tolist() == pytest.approx(full["tflops"].tolist())
+    tokens = full["sequences_per_s"] * (PROMPT + COMPLETION)
+    assert full["tokens_per_s"].tolist() == pytest.approx(tokens.tolist())
+    useful = (full["tflops"] * full["seconds"]).groupby([full["work"], full["views"]])
+    assert (useful.max() / useful.min()).tolist() == pytest.approx([1] * len(useful))
+    table = throughput.ratios(rows)
+    assert table.index[0] == ("score", 1) and table.index[-1] == ("update", 8)
+    assert table["times"].isna().sum() == 2  # the body has no naive path, and one has no memory
+    shares = throughput.scoring_shares(rows)
+    assert shares["body"] * shares["most that a head can win"] == pytest.approx(1)
+
+
+def test_parts_of_a_work_go_when_it_is_measured():
+    """Neither the square of the ceiling nor the random states outlive their work."""
+    model, batch = small()
+    works = throughput.works(model, batch, **GIVEN)
+    tensors = [
+        weakref.ref(value)
+        for work in works
+        for call in work.run.values()
+        for value in getattr(call, "args", ())
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+    assert len(tensors) == 4  # twice each
+    works = [work for work in works if work.name not in ("matmul", "score, head alone")]
+    assert works and not any(tensor() is not None for tensor in tensors)
+
+
 def test_rows_of_a_batch_differ_and_are_text():
     model, batch = small(lora=False)
-    assert (
-        isinstance(batch, Batch)
-        and len(batch.distinct()[0]) == 3
-        and batch.valid.all()
-        and batch.prompt_valid.all()
-    )
-    assert (
-        not model.banned[torch.cat([batch.prompt, batch.completion], 1)].any()
-        and len(model.banned) == VOCAB
-    )
+    assert isinstance(batch, Batch) and len(batch.distinct()[0]) == 3
+    assert batch.valid.all() and batch.prompt_valid.all()
+    assert not model.banned[torch.cat([batch.prompt, batch.completion], 1)].any()
+    assert len(model.banned) == VOCAB
 
 
 def test_bfloat16_is_made_in_bfloat16_and_scores():

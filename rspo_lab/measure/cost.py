@@ -1,8 +1,10 @@
-"""What a call costs: seconds, the most memory that tensors took, the FLOP of matrix products and
-attention (a multiply-add is 2).
+"""What a call costs: seconds, peak memory of tensors, FLOP of products and attention.
+
+Units: seconds, bytes; a multiply-add is 2 FLOP.
 """
 
 import gc
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -33,27 +35,29 @@ def flop(run: Callable[[], object]) -> int:
 def timed(
     runs: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
 ) -> dict[str, tuple[list[float], float]]:
-    """(seconds of each call, peak bytes) of each of some calls, which take turns after a warm-up;
-    ([], nan) if out of memory.
+    """(seconds of every repeat, peak bytes) per call; ([], nan) if out of memory.
+
+    The calls take turns after a warm-up.
     """
-    found = {}
+    measured = {}
     for name, run in runs.items():
         try:
-            found[name] = ([], float(peak_bytes(run, device)))
+            measured[name] = ([], float(peak_bytes(run, device)))
         except torch.OutOfMemoryError:
-            found[name] = ([], float("nan"))
+            measured[name] = ([], math.nan)
     for _ in range(repeats):
-        for name, (seconds, peak) in found.items():
-            if peak == peak:
+        for name, (seconds, peak) in measured.items():
+            if not math.isnan(peak):
                 began = _clock(device)
                 runs[name]()
                 seconds.append(_clock(device) - began)
-    return found
+    return measured
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that all tensors of the process took during the second call: the first one
-    leaves gradients, moments, kernels.
+    """The most bytes that all tensors of the process took during the second call.
+
+    The first one leaves gradients, moments and kernels.
     """
     gc.collect()
     if device.type == "cuda":
@@ -69,16 +73,17 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of the CPU tensors of this process, now and at most, from the `with` on; those that
-    were there before count too.
+    """Bytes of the CPU tensors of this process, now and at most, from the `with` on.
 
-    What torch.cuda.max_memory_allocated is on a GPU, but for what an operation needs only inside
-    itself, which is not seen.
+    Those that were there before count too.  What torch.cuda.max_memory_allocated is on a GPU, but
+    for what an operation needs only inside itself, which is not seen.
     """
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.ends = 0, 0, {}
+        self.now = 0
+        self.peak = 0
+        self.ends = {}  # by storage: what is called when it dies
 
     def __enter__(self):
         for thing in gc.get_objects():
@@ -102,7 +107,8 @@ class LiveTensors(TorchDispatchMode):
         if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
-        if (key := storage._cdata) not in self.ends:
+        key = storage._cdata
+        if key not in self.ends:
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
             self.ends[key] = weakref.finalize(storage, self._end, key, storage.nbytes())

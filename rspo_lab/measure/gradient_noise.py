@@ -1,64 +1,91 @@
-"""Noise of the RSPO gradient at fixed rollouts: over mask redraws, scheme by scheme, and over the
-rollouts themselves.
+"""Noise of a method's gradient: over mask redraws at fixed rollouts, and over the rollouts.
 
-Shapes: N completions, B distinct ones, n redraws.  Variances are traces of covariances; d in nats.
+Shapes: M masked views, B completions (group-major), U distinct ones, L completion tokens, N trained
+parameters, n redraws.  Variances are traces of covariances; d in nats.
 """
 
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from rspo_lab import objectives
 from rspo_lab.config import TrainConfig
 from rspo_lab.design_choice import CountProfile
-from rspo_lab.estimators import elbo_draws, log_ratio_draws
-from rspo_lab.masks.designs import design as design_named
-from rspo_lab.random_streams import generator
+from rspo_lab.estimators import Denoiser, token_logps
+from rspo_lab.measure.score_noise import frame_of
+from rspo_lab.objectives import Loss, log_ratio
 from rspo_lab.rollouts import Rollouts
 from rspo_lab.statistics import variance_se
-from rspo_lab.update import design_chooser, scorings
+from rspo_lab.update import accumulate_gradient, evidence, views_of_updates
+from rspo_lab.views import Views
 
-FLAGS = ("two-level", "allocated", "common")
+FLAGS = ("two-level", "allocated")
 FORWARDS = 4  # of one view in one level: policy forward and backward (2), reference forward
+MOVING_VIEWS = 4  # of `count`, for the updates before the one that is measured
+
+
+def method_config(config: TrainConfig, objective: str, *, lam: float) -> TrainConfig:
+    """`config` with the method and the lambda whose gradient is measured.
+
+    What schemes vary is set aside: one level of masks, the shared residual, the sequence's score.
+    The method's own hyperparameters are its defaults; the advantage is still the run's.
+    """
+    return replace(
+        config,
+        objective=objective,
+        hyper=None,
+        lam=lam,
+        residual="shared",
+        score_unit="sequence",
+        old_views=0,
+        allocate=False,
+    )
 
 
 def scheme(text: str, config: TrainConfig, views: int, inner_steps: int = 1) -> TrainConfig:
-    """`config` with the masks of a scheme: a design, then any of "+ two-level", "+ allocated"
-    (needs two-level), "+ common".
+    """`config` with the masks of a scheme: a design, then any of "+ two-level", "+ allocated".
 
-    Two levels take max(1, inner_steps // 2) times as many views once as in each update: then a view
-    costs 1.25 of one level's (less if inner_steps is odd and above 1).
+    "+ allocated" needs two-level.  Two levels take max(1, inner_steps // 2) times as many views
+    once as in each update: then a view costs 1.25 of one level's (less if inner_steps is odd and
+    above 1).  ValueError for another flag, or for masks that the config's method cannot use.
     """
     design, *flags = (part.strip() for part in text.split("+"))
     if unknown := [flag for flag in flags if flag not in FLAGS]:
         raise ValueError(
-            f"scheme {text!r}: a design may be followed by + {', + '.join(FLAGS)}, not {unknown[0]!r}"
+            f"scheme {text!r}: a design may be followed by + {', + '.join(FLAGS)}, "
+            f"not {unknown[0]!r}"
         )
-    old = views * max(1, inner_steps // 2) if "two-level" in flags else 0
+    old_views = views * max(1, inner_steps // 2) if "two-level" in flags else 0
     return replace(
         config,
         design=design,
         views=views,
         inner_steps=inner_steps,
-        old_views=old,
+        old_views=old_views,
         allocate="allocated" in flags,
-        common_masks="common" in flags,
-        objective="rspo",
-        use_reference=True,
-        residual="shared",
-        score_unit="sequence",
     )
+
+
+@dataclass(frozen=True)
+class Redraw:
+    """One update's gradient on masks of its own."""
+
+    gradient: Float[Tensor, " N"]
+    d: Float[Tensor, " B"]  # log-ratio estimates, nats
+    cost: float  # views of one level per completion
+    seconds: float
 
 
 def gradient_rows(
     config: TrainConfig,
     policy: torch.nn.Module,
-    reference: Callable,
+    reference: Denoiser,
     rollouts: Rollouts,
     *,
     schemes: list[str],
@@ -69,157 +96,194 @@ def gradient_rows(
     profile: CountProfile | None = None,
     on_redraw: Callable[[int, int], None] = lambda done, of: None,
 ) -> pd.DataFrame:
-    """Noise of one update's RSPO gradient over mask redraws, all else held: a row a (scheme, views,
-    quantity).
+    """Noise of one update's gradient over mask redraws, all else fixed.
 
-    var_gradient; var_d_rollouts: variance of d, mean over the completions; mean_gradient_sq: the
-    squared norm of the mean gradient, from products of different redraws; seconds: of one redraw.
-    As in training, equal completions are scored once.
-    cost: forwards a completion, in views of one level (policy forward and backward, reference
-    forward: 4 forwards). The design "auto" takes what `profile` recommends.  With inner_steps > 1
-    it is the last of that many updates on these rollouts, reached by AdamW at config.lr with
-    `count` masks.
+    One row per scheme, number of views and quantity.  The gradient is that of `config.method` with
+    the config's hyperparameters.  With inner_steps > 1 it is that of the last of so many updates on
+    these rollouts, reached by AdamW at config.lr with `count` masks.
+
+    var_gradient; mean_gradient_sq: the squared norm of the mean gradient, from products of
+    different redraws; var_d_rollouts: variance of d, mean over the completions; seconds: of one
+    redraw.  As in training, equal completions are scored once.
+    cost: forwards per completion, in views of one level (policy forward and backward, reference
+    forward: 4 forwards).  The design "auto" takes what `profile` recommends.
     """
-    moved = _after(config, policy, reference, rollouts, inner_steps, seed)
-    parameters = [p for p in moved.parameters() if p.requires_grad]
-    batch, advantage = rollouts.batch, rollouts.advantage
-    distinct, which = batch.distinct()
-    rows, done, total = [], 0, len(schemes) * len(views) * redraws
-    for text in schemes:
-        for k in views:
-            chosen, gradients, ratios, costs, seconds = (
-                scheme(text, config, k, inner_steps),
-                [],
-                [],
-                [],
-                [],
-            )
-            design_of = design_chooser(chosen, profile)
-            for redraw in range(redraws):
-                began, key = time.perf_counter(), (seed, text, k, redraw, "gradient")
-                last = scorings(chosen, policy, reference, batch, advantage, design_of, key)[-1]
-                scored = time.perf_counter()
-                draws = elbo_draws(moved, distinct, last.masks)
-                d = (draws - last.baseline_of(draws))[:, which]
-                loss = objectives.rspo(
-                    d, advantage.to(d), lam=config.lam, scope=config.scope_of(d)
-                ).value
-                gradients.append(_flat(torch.autograd.grad(loss, parameters)))
-                ratios.append(d.detach().mean(0).double().cpu())
-                seconds.append(time.perf_counter() - scored + (scored - began) / inner_steps)
-                costs.append(
-                    (3 * last.masks.forward_passes + last.forwards)
-                    * len(distinct)
-                    / len(batch)
-                    / FORWARDS
-                )
-                done += 1
-                on_redraw(done, total)
-            cost, stacked, seconds = (
-                sum(costs) / redraws,
-                torch.stack(gradients),
-                torch.tensor(seconds),
-            )
-            away = (stacked - stacked.mean(0)).square().sum(1) * redraws / (redraws - 1)
-            pairs = (stacked * (stacked.sum(0) - stacked)).sum(1) / (redraws - 1)
-            variance, error = variance_se(torch.stack(ratios))
-            rows += [
-                (text, k, cost, "var_gradient", away.mean(), away.std() / redraws**0.5),
-                (text, k, cost, "mean_gradient_sq", pairs.mean(), 2 * pairs.std() / redraws**0.5),
-                (
-                    text,
-                    k,
-                    cost,
-                    "var_d_rollouts",
-                    variance.mean(),
-                    _spread_error(variance, error, which),
-                ),
-                (text, k, cost, "seconds", seconds.median(), seconds.std() / redraws**0.5),
-            ]
-    frame = pd.DataFrame(rows, columns=["design", "views", "cost", "quantity", "value", "stderr"])
-    return frame.astype({"value": float, "stderr": float})
+    settings = [
+        (text, k, scheme(text, config, k, inner_steps)) for text, k in product(schemes, views)
+    ]
+    moved = _moved(config, policy, reference, rollouts, inner_steps, seed)
+    rows = []
+    done = 0
+    for text, k, chosen in settings:
+        draws = []
+        for redraw in range(redraws):
+            key = (seed, text, k, redraw, "gradient")
+            draws.append(_redraw(chosen, policy, moved, reference, rollouts, profile, key))
+            done += 1
+            on_redraw(done, len(settings) * redraws)
+        cost = sum(draw.cost for draw in draws) / redraws
+        rows += [(text, k, cost, *quantity) for quantity in _noise_quantities(draws, rollouts)]
+    return frame_of(rows)
 
 
 def rollout_noise(
     config: TrainConfig,
     policy: torch.nn.Module,
-    reference: Callable,
+    reference: Denoiser,
     rollouts: Rollouts,
     *,
     views: int,
     seed: int,
 ) -> pd.DataFrame:
-    """The variance of the RSPO gradient over prompts and completions, free of mask noise: one row,
-    quantity var_rollouts.
+    """Variance of the gradient of `config.method` over prompts and completions, free of mask noise.
 
-    The gradient is a mean over P prompts' parts.  Two independent sets of `count` masks give each
-    part twice, and the covariance of the two over prompts, / P, is what masks do not explain.  d is
-    centred by a mean over the batch from other masks.
+    One row, quantity var_rollouts.  The gradient is a mean over P prompts' parts.  Two independent
+    sets of `count` masks give each part twice, and the covariance of the two over prompts, / P, is
+    what masks do not explain, but for a centre of d over the batch, which the prompts share.
     """
-    whole = rollouts.batch
-    with torch.no_grad():
-        masks = design_named("count")(
-            whole.valid.cpu(), views, generator=generator(seed, "rollout noise")
-        )
-        centre = log_ratio_draws(
-            policy, reference, whole, masks, slice_size=config.slice_size
-        ).mean()
-    parameters, group, both = [p for p in policy.parameters() if p.requires_grad], config.group, []
-    prompts = len(rollouts.batch) // group
+    chosen = scheme("count", config, views)
+    halves = []
     for half in range(2):
-        parts = []
-        for prompt in range(prompts):
-            rows = torch.arange(prompt * group, (prompt + 1) * group)
-            distinct, which = rollouts.batch.rows(rows).distinct()
-            masks = design_named("count")(
-                distinct.valid.cpu(),
-                views,
-                generator=generator(seed, prompt, half, "rollout noise"),
-            )
-            d = log_ratio_draws(policy, reference, distinct, masks)[:, which]
-            loss = objectives.rspo(
-                d - centre, rollouts.advantage[rows].to(d), lam=config.lam, scope="none"
-            ).value
-            parts.append(_flat(torch.autograd.grad(loss, parameters)))
-        both.append(torch.stack(parts))
-    a, b = (parts - parts.mean(0) for parts in both)
-    each = (a * b).sum(1) / (prompts - 1)
-    value, stderr = each.sum() / prompts, each.std() / prompts**0.5
-    row = ("count", views, 2.0 * views, "var_rollouts", value.item(), stderr.item())
-    return pd.DataFrame([row], columns=["design", "views", "cost", "quantity", "value", "stderr"])
+        key = (seed, half, "rollout noise")
+        (drawn,) = views_of_updates(chosen, policy, reference, rollouts, None, key)
+        parts = _prompt_gradients(chosen, policy, rollouts, drawn)
+        halves.append(parts - parts.mean(0))
+    prompts = len(halves[0])
+    products = (halves[0] * halves[1]).sum(1) / (prompts - 1)
+    value = products.sum() / prompts
+    stderr = products.std() / prompts**0.5
+    return frame_of([("count", views, 2.0 * views, "var_rollouts", value, stderr)])
 
 
-def _after(config, policy, reference, rollouts, inner_steps, seed):
-    """A copy of the policy after inner_steps - 1 updates on these rollouts (the policy itself if
-    that is none).
-    """
+def _redraw(
+    config: TrainConfig,
+    policy: Denoiser,
+    moved: torch.nn.Module,
+    reference: Denoiser,
+    rollouts: Rollouts,
+    profile: CountProfile | None,
+    key: tuple,
+) -> Redraw:
+    """The gradient at `moved` of the last update on these rollouts, on masks drawn by `key`."""
+    began = time.perf_counter()
+    last = views_of_updates(config, policy, reference, rollouts, profile, key)[-1]
+    scored = time.perf_counter()
+    gradient, token_logp = _gradient(config, moved, rollouts, last)
+    seen = evidence(rollouts, last, token_logp)
+    d = log_ratio(seen, config.score_unit).mean(0)  # pyright: ignore[reportArgumentType]
+    forwards = 3 * last.masks.forward_passes + last.forwards
+    return Redraw(
+        gradient=gradient,
+        d=d.double().cpu(),
+        cost=forwards * len(rollouts.distinct) / len(rollouts) / FORWARDS,
+        seconds=time.perf_counter() - scored + (scored - began) / config.inner_steps,
+    )
+
+
+def _noise_quantities(draws: list[Redraw], rollouts: Rollouts) -> list[tuple]:
+    """(quantity, value, stderr) of the redraws of one scheme."""
+    n = len(draws)
+    gradients = torch.stack([draw.gradient for draw in draws])
+    spread = (gradients - gradients.mean(0)).square().sum(1) * n / (n - 1)
+    products = (gradients * (gradients.sum(0) - gradients)).sum(1) / (n - 1)
+    variance, error = variance_se(torch.stack([draw.d for draw in draws]))
+    d_error = _repeated_error(error, rollouts.which.cpu())
+    seconds = torch.tensor([draw.seconds for draw in draws])
+    return [
+        ("var_gradient", spread.mean(), spread.std() / n**0.5),
+        ("mean_gradient_sq", products.mean(), 2 * products.std() / n**0.5),
+        ("var_d_rollouts", variance.mean(), d_error),
+        ("seconds", seconds.median(), seconds.std() / n**0.5),
+    ]
+
+
+def _gradient(
+    config: TrainConfig, policy: torch.nn.Module, rollouts: Rollouts, views: Views
+) -> tuple[Float[Tensor, " N"], Float[Tensor, "M U L"]]:
+    """(gradient of the method's loss, token log-probs) on an update's views."""
+    policy.zero_grad()
+    loss_of = _loss_of(config, rollouts, views)
+    _, token_logp = accumulate_gradient(
+        policy, rollouts.distinct, views.masks, loss_of, config.slice_size
+    )
+    gradient = _flat([p.grad for p in _trained(policy)])
+    policy.zero_grad()
+    return gradient, token_logp
+
+
+def _prompt_gradients(
+    config: TrainConfig, policy: torch.nn.Module, rollouts: Rollouts, views: Views
+) -> Float[Tensor, "P N"]:
+    """The parts of the gradient that are each prompt's, times P: their mean is the gradient."""
+    with torch.no_grad():
+        token_logp = token_logps(
+            policy, rollouts.distinct, views.masks, slice_size=config.slice_size
+        )
+    seen = evidence(rollouts, views, token_logp)
+    leaf = seen.policy.clone().requires_grad_()
+    loss = config.method.loss(replace(seen, policy=leaf), **config.hyperparameters)
+    (slope,) = torch.autograd.grad(loss.value, leaf)
+    prompts = int(rollouts.group.max()) + 1
+    parts = []
+    for prompt in range(prompts):
+        rows = (rollouts.group == prompt).nonzero()[:, 0]
+        own, place = rollouts.which[rows.to(rollouts.which.device)].unique(return_inverse=True)
+        shape = (len(slope), len(own), slope.shape[2])
+        share = slope.new_zeros(shape).index_add(1, place, slope[:, rows.to(slope.device)])
+        logp = token_logps(policy, rollouts.distinct.rows(own), views.masks.rows(own.cpu()))
+        part = torch.autograd.grad(prompts * (share * logp).sum(), _trained(policy))
+        parts.append(_flat(part))
+    return torch.stack(parts)
+
+
+def _moved(
+    config: TrainConfig,
+    policy: torch.nn.Module,
+    reference: Denoiser,
+    rollouts: Rollouts,
+    inner_steps: int,
+    seed: int,
+) -> torch.nn.Module:
+    """A copy of the policy after inner_steps - 1 updates on these rollouts; itself after none."""
     if inner_steps == 1:
         return policy
-    moved, (batch, which) = copy.deepcopy(policy), rollouts.batch.distinct()
-    parameters = [p for p in moved.parameters() if p.requires_grad]
+    config = scheme("count", config, MOVING_VIEWS, inner_steps)
+    updates = views_of_updates(config, policy, reference, rollouts, None, (seed, "move"))
+    moved = copy.deepcopy(policy)
+    parameters = _trained(moved)
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    for inner in range(inner_steps - 1):
-        masks = design_named("count")(
-            batch.valid.cpu(), 4, generator=generator(seed, inner, "move")
-        )
-        d = log_ratio_draws(moved, reference, batch, masks)[:, which]
+    for views in updates[:-1]:
         optimizer.zero_grad()
-        objectives.rspo(
-            d, rollouts.advantage.to(d), lam=config.lam, scope=config.scope_of(d)
-        ).value.backward()
+        loss_of = _loss_of(config, rollouts, views)
+        accumulate_gradient(moved, rollouts.distinct, views.masks, loss_of, config.slice_size)
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
     return moved
 
 
-def _flat(gradients: tuple[Tensor, ...]) -> Tensor:
+def _loss_of(
+    config: TrainConfig, rollouts: Rollouts, views: Views
+) -> Callable[[Float[Tensor, "M U L"]], Loss]:
+    """The loss of the config's method as a function of token log-probs on an update's views."""
+
+    def loss_of(token_logp):
+        seen = evidence(rollouts, views, token_logp)
+        return config.method.loss(seen, **config.hyperparameters)
+
+    return loss_of
+
+
+def _trained(policy: torch.nn.Module) -> list[Tensor]:
+    return [p for p in policy.parameters() if p.requires_grad]
+
+
+def _flat(gradients) -> Float[Tensor, " N"]:
     return torch.cat([g.flatten() for g in gradients]).double().cpu()
 
 
-def _spread_error(variance, error, which) -> Tensor:
-    """Standard error of the mean variance over completions, of which equal ones share their draws."""
-    times = torch.bincount(which.cpu()).double()
-    first = torch.zeros(len(times), dtype=torch.long).scatter(
-        0, which.cpu(), torch.arange(len(which))
-    )
-    return (times * error[first]).norm() / len(which)
+def _repeated_error(error: Float[Tensor, " B"], which: Int[Tensor, " B"]) -> Float[Tensor, ""]:
+    """Standard error of a mean over completions, of which equal ones share their draws."""
+    times = torch.bincount(which).double()
+    one_of_each = torch.zeros(len(times), dtype=torch.long)
+    one_of_each = one_of_each.scatter(0, which, torch.arange(len(which)))
+    return (times * error[one_of_each]).norm() / len(which)

@@ -1,18 +1,18 @@
-"""The plain way to score, decode and train, which the library's own is measured against: logits of
-everything, one graph.
+"""The plain way to score, decode and train: logits of everything, one graph.
 
-Shapes: B sequences of S = P + L tokens, V vocabulary.  Nats.  Every function gives what its
-counterpart gives; prompts have no padding.
+Shapes: B sequences of S = P + L tokens, V vocabulary, M views.  Nats.  Ours is
+measured against it; every function gives what its counterpart gives.  Prompts have no padding.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rspo_lab.batch import Batch
-from rspo_lab.estimators import elbo_draws
+from rspo_lab.estimators import token_logps
 from rspo_lab.masks.base import Masks
 from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.objectives import Loss
@@ -27,6 +27,7 @@ class NaiveLM(DiffusionLM):
         return logp.gather(-1, batch.completion[..., None])[..., 0].where(hidden, 0.0)
 
     def all_logits(self, ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S V"]:
+        """Logits of every position, -inf at ids that are no text."""
         with self.precision():
             logits = self.hf(input_ids=ids, use_cache=False).logits.float()
         if getattr(self.hf, "shifted", False):
@@ -45,11 +46,10 @@ def naive_generate(
     temperature: float,
     generator: torch.Generator,
 ) -> Int[Tensor, "B L"]:
-    """The published sampler: a step draws all P + L positions by a float64 Gumbel arg max.  (LLaDA,
-    arXiv:2502.09992, released code)
+    """The published sampler: a step draws all P + L positions by a float64 Gumbel arg max.
 
-    The schedule and the law are those of `rollout.generate`; `generator` lives on the model's
-    device.
+    (LLaDA, arXiv:2502.09992, released code.)  The schedule and the law are those of
+    `sampler.generate`; `generator` lives on the model's device.
     """
     rows, width = prompt.shape
     per_block = steps * block // length
@@ -68,25 +68,29 @@ def naive_generate(
     return ids[:, width:]
 
 
-def one_graph(policy, batch: Batch, masks: Masks, loss_of, slice_size: int):
-    """`scores.accumulate_gradient` with every draw of every view in one graph until the loss is
-    known.
+def one_graph(
+    policy: DiffusionLM,
+    batch: Batch,
+    masks: Masks,
+    loss_of: Callable[[Float[Tensor, "M B L"]], Loss],
+    slice_size: int,
+) -> tuple[Loss, Float[Tensor, "M B L"]]:
+    """`update.accumulate_gradient` with every view in one graph until the loss is known.
 
     Raises torch.OutOfMemoryError, also on a CPU, where the system would end the process.
     """
     if batch.completion.device.type == "cpu":
-        sequences, tokens = (
-            int(masks.hidden.any(-1).sum()),
-            batch.prompt.shape[1] + batch.completion.shape[1],
-        )
-        if (kept := 4 * sequences * tokens * len(policy.banned)) > _memory():
+        sequences = int(masks.hidden.any(-1).sum())
+        length = batch.prompt.shape[1] + batch.completion.shape[1]
+        size = 4 * sequences * length * len(policy.banned)
+        if size > _memory():
             raise torch.OutOfMemoryError(
-                f"the log-probabilities of all draws take {kept / 2**30:.0f} GiB"
+                f"the log-probabilities of all views take {size / 2**30:.0f} GiB"
             )
-    draws = elbo_draws(policy, batch, masks, slice_size=slice_size)
-    loss = loss_of(draws)
+    token_logp = token_logps(policy, batch, masks, slice_size=slice_size)
+    loss = loss_of(token_logp)
     loss.value.backward()
-    return Loss(loss.value.detach(), loss.log), draws.detach()
+    return Loss(loss.value.detach(), loss.log), token_logp.detach()
 
 
 def _memory() -> int:

@@ -1,23 +1,22 @@
-"""Sequences/s, TFLOP/s and peak memory of scoring, decoding and an update on this device, beside
-the naive path in the same run.
+"""Rates and peak memory of scoring, decoding and an update, beside those of the naive path.
 
-Shapes: B sequences of S = P + L tokens, K views.  The sequences of a rate are masked sequences of S
-tokens that the work takes
-through the policy: B in scoring, K B in an update, B times the denoising steps in a rollout.  GiB
-of 2^30 bytes, TFLOP of 10^12.
+Shapes: B sequences of S = P + L tokens, K views, N trained parameters.  The sequences of a rate are
+masked sequences of S tokens that the work takes through the policy: B in scoring, K B in an update,
+B times the denoising steps in a rollout.  GiB of 2^30 bytes, TFLOP of 10^12.
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rspo_lab.batch import Batch
-from rspo_lab.estimators import elbo_draws
+from rspo_lab.estimators import Denoiser, elbo_draws, token_logps
 from rspo_lab.masks.base import Masks
 from rspo_lab.masks.published import count
 from rspo_lab.measure.cost import flop, timed
@@ -27,7 +26,7 @@ from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.models.loading import untrained
 from rspo_lab.models.tokenizer import char_tokenizer
 from rspo_lab.models.vocabulary_head import token_logp
-from rspo_lab.objectives import Loss, rspo
+from rspo_lab.objectives import Evidence, Loss, rspo
 from rspo_lab.policies import reference_of
 from rspo_lab.random_streams import generator
 from rspo_lab.sampler import generate
@@ -40,365 +39,426 @@ GRADIENT = {"ours": accumulate_gradient, "naive": one_graph}
 
 @dataclass(frozen=True)
 class Work:
-    """One thing to time, by path; `flop` counts the useful ones, the same number for both paths."""
+    """One thing to time, by path."""
 
     name: str
     sequences: int
-    flop: int | float
-    run: dict[str, Callable[[], object]]
+    flop: int  # the useful ones, the same number for both paths
+    run: Mapping[str, Callable[[], object]]
     views: int = 1
     note: str = ""
 
 
 def random_model(*, vocab: int, **shape) -> DiffusionLM:
-    """An untrained model (`model.untrained`) of `vocab` ids, all but four of them text."""
+    """An untrained model (`models.loading.untrained`) of `vocab` ids, all but four of them text."""
     return untrained(char_tokenizer("".join(map(chr, range(2**16, 2**16 + vocab - 4)))), **shape)
 
 
 def random_batch(
     model: DiffusionLM, sequences: int, prompt: int, completion: int, *, generator: torch.Generator
 ) -> Batch:
-    """Rows of random text ids without padding.  No two are equal, so nothing is won by computing
-    equal ones once.
+    """Rows of random text ids without padding.
+
+    No two are equal, so nothing is won by computing equal ones once.
     """
     text = (~model.banned).nonzero()[:, 0].cpu()
-    ids = text[torch.randint(len(text), (sequences, prompt + completion), generator=generator)].to(
-        model.device
-    )
+    drawn = torch.randint(len(text), (sequences, prompt + completion), generator=generator)
+    ids = text[drawn].to(model.device)
     real = torch.ones_like(ids, dtype=torch.bool)
     return Batch(ids[:, :prompt], real[:, :prompt], ids[:, prompt:], real[:, prompt:])
 
 
 def exact_check(device: str, *, seed: int) -> dict[str, float]:
-    """The largest difference of the naive path from ours, of a small float32 model with LoRA on
-    this device.
-    """
+    """The largest differences of the naive path from ours, of a small float32 model with LoRA."""
     draw = generator(seed, "check")
-    ours = random_model(
-        vocab=200, width=32, layers=2, heads=4, ffn=64, positions=12, device=device, seed=seed
-    )
-    add_lora(ours, "all-linear", rank=4, alpha=8.0, seed=seed)
-    trained = [p for p in ours.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for p in trained:  # adapters start as 0: the policy would be its reference
-            p.add_(0.1 * torch.randn(p.shape, generator=draw).to(p))
+    ours = _small_model(device, draw, seed)
     naive = NaiveLM(ours.hf, ours.tokenizer).to(ours.device)
     batch = random_batch(ours, 3, 4, 8, generator=draw)
     masks = count(batch.valid.cpu(), 4, generator=draw)
-    draws, gradient = {}, {}
-    for path, lm in (("ours", ours), ("naive", naive)):
-        ours.zero_grad()
-        _, draws[path] = GRADIENT[path](
-            lm, batch, masks, _rspo_of(reference_of(lm), batch, masks, 2), 2
-        )
-        gradient[path] = torch.cat([p.grad.flatten() for p in trained])
+    draws, gradient = _draws_and_gradient("ours", ours, batch, masks)
+    naive_draws, naive_gradient = _draws_and_gradient("naive", naive, batch, masks)
     hidden = masks.hidden[0].to(ours.device)
     schedule = {"block": 4, "steps": 6, "temperature": 0.0}
     completion = _roll_out(ours, batch, draw, **schedule)
-    theirs = naive_generate(
+    naive_completion = naive_generate(
         naive, batch.prompt, length=8, generator=torch.Generator(ours.device), **schedule
     )
     return {
         "token log-probs, nats": (ours(batch, hidden) - naive(batch, hidden)).abs().max().item(),
-        "draws, nats": (draws["ours"] - draws["naive"]).abs().max().item(),
-        "gradient, relative": (
-            (gradient["ours"] - gradient["naive"]).norm() / gradient["naive"].norm()
-        ).item(),
-        "greedy completions, tokens": (completion != theirs).sum().item(),
+        "draws, nats": (draws - naive_draws).abs().max().item(),
+        "gradient, relative": ((gradient - naive_gradient).norm() / naive_gradient.norm()).item(),
+        "greedy completions, tokens": (completion != naive_completion).sum().item(),
     }
 
 
-def works(
-    policy: DiffusionLM,
-    batch: Batch,
-    *,
-    views: list[int],
-    slice_size: int,
-    block: int,
-    decode_steps: int,
-    seed: int,
-) -> list[Work]:
-    """All that `measure` times: the ceiling, scoring and its parts, a rollout, and an update at
-    each number of views.
+def _small_model(device: str, draw: torch.Generator, seed: int) -> DiffusionLM:
+    """A model with adapters that are not 0, so that the policy is not its reference."""
+    shape = {"vocab": 200, "width": 32, "layers": 2, "heads": 4, "ffn": 64, "positions": 12}
+    model = random_model(**shape, device=device, seed=seed)
+    add_lora(model, "all-linear", rank=4, alpha=8.0, seed=seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=draw).to(p))
+    return model
 
-    Without LoRA each path has a frozen copy of its own as reference, so that peaks hold one more
-    copy than training does.
+
+def _draws_and_gradient(
+    path: str, model: DiffusionLM, batch: Batch, masks: Masks
+) -> tuple[Float[Tensor, "R B"], Float[Tensor, " N"]]:
+    """ELBO draws and the RSPO gradient, in slices of two."""
+    model.zero_grad()
+    loss_of = _rspo_of(reference_of(model), batch, masks, 2)
+    _, token_logp = GRADIENT[path](model, batch, masks, loss_of, 2)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    return masks.elbo(token_logp), gradient
+
+
+class Bench:
+    """A policy and its naive twin on one batch, and the calls that are timed.
+
+    A path is "ours" or "naive".  Without LoRA each path has a frozen copy of its own as reference,
+    so that peaks have one more copy than training does.
     """
-    (rows, length), prompt, device = batch.completion.shape, batch.prompt.shape[1], policy.device
-    lm = {"ours": policy, "naive": NaiveLM(policy.hf, policy.tokenizer).to(device)}
-    reference = {path: reference_of(model) for path, model in lm.items()}
-    optimizer = torch.optim.AdamW(
-        [p for p in policy.parameters() if p.requires_grad], lr=1e-6, weight_decay=0.0, fused=True
-    )
-    masks = {
-        k: count(batch.valid.cpu(), k, generator=generator(seed, k, "masks")) for k in (1, *views)
-    }
-    hidden, schedule = (
-        masks[1].hidden[0].to(device),
-        {"block": block, "steps": decode_steps, "temperature": 1.0},
-    )
-    weight = policy.hf.get_output_embeddings().weight
-    states = torch.randn(
-        rows, prompt + length, weight.shape[1], generator=generator(seed, "states")
-    ).to(weight)
-    square = torch.randn(
-        MATMUL[device.type], MATMUL[device.type], generator=generator(seed, "matmul")
-    ).to(weight)
 
-    def score(denoiser, some, masks):
-        with torch.no_grad():
-            return elbo_draws(denoiser, some, masks, slice_size=slice_size)
+    def __init__(
+        self,
+        policy: DiffusionLM,
+        batch: Batch,
+        *,
+        slice_size: int,
+        block: int,
+        decode_steps: int,
+        seed: int,
+    ) -> None:
+        self.batch = batch
+        self.slice_size = slice_size
+        self.schedule = {"block": block, "steps": decode_steps, "temperature": 1.0}
+        self.seed = seed
+        self.models = {"ours": policy, "naive": NaiveLM(policy.hf, policy.tokenizer)}
+        self.models["naive"].to(policy.device)
+        self.references = {path: reference_of(model) for path, model in self.models.items()}
+        self.policy = policy
+        self.trained = [p for p in policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, weight_decay=0.0, fused=True)
 
-    def body(some, hidden):  # the head has nothing to do where nothing is hidden
-        return policy(some, hidden & False)
-
-    def gradient(path, some, masks):
-        GRADIENT[path](lm[path], some, masks, lambda draws: Loss(-draws.mean(), {}), slice_size)
+    def masks(self, views: int) -> Masks:
+        """The masks of every work with so many views."""
+        draw = generator(self.seed, views, "masks")
+        return count(self.batch.valid.cpu(), views, generator=draw)
 
     @torch.no_grad()
-    def head(path):
-        if path == "ours":
-            return token_logp(
-                states[:, prompt:][hidden], weight, batch.completion[hidden], policy.banned
-            )
-        logits = (
-            torch.nn.functional.linear(states, weight)
-            .float()
-            .masked_fill_(policy.banned, -torch.inf)
-        )
-        return logits.log_softmax(-1)[:, prompt:].gather(-1, batch.completion[..., None])
+    def score(self, denoiser: Denoiser, batch: Batch, masks: Masks) -> Tensor:
+        """ELBO draws."""
+        return elbo_draws(denoiser, batch, masks, slice_size=self.slice_size)
 
-    def roll_out(path):
-        if path == "ours":
-            return _roll_out(policy, batch, generator(seed, "rollout"), **schedule)
-        return naive_generate(
-            lm[path],
-            batch.prompt,
-            length=length,
-            generator=torch.Generator(device).manual_seed(seed),
-            **schedule,
-        )
+    def body(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Our policy as a denoiser whose head has nothing to do."""
+        return self.policy(batch, hidden & False)
 
-    def held_roll_out():
-        return _roll_out(
-            policy,
-            batch,
-            generator(seed, "rollout"),
-            cached_logits=partial(policy.cached_logits, suffix=True),
-            **schedule,
-        )
-
-    def update(path, masks):
-        optimizer.zero_grad()
+    def gradient(self, path: str, batch: Batch, masks: Masks) -> None:
+        """Adds the gradient of a mean ELBO."""
         GRADIENT[path](
-            lm[path], batch, masks, _rspo_of(reference[path], batch, masks, slice_size), slice_size
+            self.models[path],
+            batch,
+            masks,
+            lambda token_logp: Loss(-masks.elbo(token_logp).mean(), {}),
+            self.slice_size,
         )
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item()
-        optimizer.step()
 
-    def both(run, *given):
-        return {path: lambda path=path: run(path, *given) for path in lm}
+    @torch.no_grad()
+    def head(self, path: str, states: Tensor, hidden: Tensor) -> Tensor:
+        """Token log-probs of last states (B, S, H), as either path computes them."""
+        weight = self.policy.hf.get_output_embeddings().weight
+        completion = self.batch.completion
+        if path == "ours":
+            own = states[:, -completion.shape[1] :][hidden]
+            return token_logp(own, weight, completion[hidden], self.policy.banned)
+        logits = torch.nn.functional.linear(states, weight).float()
+        logp = logits.masked_fill_(self.policy.banned, -torch.inf).log_softmax(-1)
+        return logp[:, -completion.shape[1] :].gather(-1, completion[..., None])
 
-    forward, forward_token = _flop_a_sequence(lambda *some: score(policy, *some), batch)
-    bare, bare_token = _flop_a_sequence(lambda *some: score(reference["ours"], *some), batch)
-    backward, backward_token = _flop_a_sequence(lambda *some: gradient("ours", *some), batch)
-    optimizer.zero_grad()  # scoring and rollouts are measured without a gradient on hand
-    tokens, a_step = hidden.sum().item(), rows * (forward + forward_token * block)
-    found = [
-        Work(
-            "matmul",
-            0,
-            2 * len(square) ** 3,
-            {"ours": lambda: square @ square},
-            note=f"the ceiling: {len(square)} x {len(square)}",
-        ),
-        Work(
-            "score",
-            rows,
-            rows * forward + tokens * forward_token,
-            both(lambda path: score(lm[path], batch, masks[1])),
-            note=f"{tokens / hidden.numel():.0%} of the completion tokens hidden",
-        ),
-        Work(
-            "score, adapters off",
-            rows,
-            rows * bare + tokens * bare_token,
-            both(lambda path: score(reference[path], batch, masks[1])),
-        ),
-        Work(
-            "score, body alone",
-            rows,
-            rows * forward,
-            {"ours": lambda: score(body, batch, masks[1])},
-        ),
-        Work(
-            "score, head alone", rows, tokens * forward_token, both(head), note="of random states"
-        ),
-        Work(
-            "rollout",
-            rows * decode_steps,
-            decode_steps * a_step,
-            both(roll_out),
-            note=f"{rows} completions, {decode_steps} steps each",
-        ),
-        Work(
-            CACHED,
-            rows * decode_steps,
-            flop(held_roll_out),
-            {"ours": held_roll_out},
-            note="not the published sampler",
-        ),
-        Work(
-            "score and gradient",
-            rows,
-            rows * backward + tokens * backward_token,
-            both(gradient, batch, masks[1]),
-        ),
+    def roll_out(self, path: str) -> Tensor:
+        """Completions of the batch's prompts by the published sampler."""
+        if path == "ours":
+            draw = generator(self.seed, "rollout")
+            return _roll_out(self.policy, self.batch, draw, **self.schedule)
+        return naive_generate(
+            self.models[path],
+            self.batch.prompt,
+            length=self.batch.completion.shape[1],
+            generator=torch.Generator(self.policy.device).manual_seed(self.seed),
+            **self.schedule,
+        )
+
+    def cached_roll_out(self) -> Tensor:
+        """Completions of the batch's prompts with the dual cache."""
+        draw = generator(self.seed, "rollout")
+        cached = partial(self.policy.cached_logits, suffix=True)
+        return _roll_out(self.policy, self.batch, draw, cached_logits=cached, **self.schedule)
+
+    def update(self, path: str, masks: Masks) -> None:
+        """One step of RSPO."""
+        self.optimizer.zero_grad()
+        loss_of = _rspo_of(self.references[path], self.batch, masks, self.slice_size)
+        GRADIENT[path](self.models[path], self.batch, masks, loss_of, self.slice_size)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0).item()
+        self.optimizer.step()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOP of a masked sequence without its head, and of the head per hidden token."""
+
+    sequence: int
+    token: int
+
+    def of(self, sequences: int, tokens: int) -> int:
+        """FLOP of so many sequences with so many hidden tokens in all."""
+        return sequences * self.sequence + tokens * self.token
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one masked sequence takes when nothing is done twice."""
+
+    forward: Cost
+    reference: Cost
+    gradient: Cost  # forward and backward
+
+
+def works(policy: DiffusionLM, batch: Batch, *, views: list[int], **given) -> list[Work]:
+    """All that `measure` times; `given` as `Bench` takes it.
+
+    The ceiling, scoring and its parts, a rollout, and an update at each number of views.
+    """
+    bench = Bench(policy, batch, **given)
+    costs = _costs(bench)
+    scored = [_matmul_work(bench), *_scoring_works(bench, costs), *_rollout_works(bench, costs)]
+    gradient = _gradient_work(bench, costs)
+    return [*scored, gradient, *(_update_work(bench, costs, k) for k in views)]
+
+
+def _costs(bench: Bench) -> Costs:
+    """Counted on the first sequence; the policy is left without a gradient."""
+    first = bench.batch.rows(slice(0, 1))
+    ours = bench.models["ours"]
+    costs = Costs(
+        forward=_cost(lambda masks: bench.score(ours, first, masks), first),
+        reference=_cost(lambda masks: bench.score(bench.references["ours"], first, masks), first),
+        gradient=_cost(lambda masks: bench.gradient("ours", first, masks), first),
+    )
+    bench.optimizer.zero_grad()  # scoring and rollouts are measured without a gradient on hand
+    return costs
+
+
+def _cost(run: Callable[[Masks], object], first: Batch) -> Cost:
+    """The cost of a call on one sequence, from its FLOP with 1 and with 2 hidden tokens."""
+    place = torch.arange(first.completion.shape[1])
+    weight = torch.ones(1, 1, dtype=torch.float64)
+    replicate = torch.zeros(1, dtype=torch.long)
+    counted = []
+    for n in (1, 2):
+        masks = Masks((place < n)[None, None], weight, replicate)
+        counted.append(flop(partial(run, masks)))
+    one, two = counted
+    return Cost(sequence=2 * one - two, token=two - one)
+
+
+def _paths(run: Callable[..., object], *given) -> dict[str, Callable[[], object]]:
+    """`run(path, *given)` per path."""
+    return {path: partial(run, path, *given) for path in ("ours", "naive")}
+
+
+def _matmul_work(bench: Bench) -> Work:
+    """The ceiling: a square product in the policy's dtype."""
+    size = MATMUL[bench.policy.device.type]
+    square = torch.randn(size, size, generator=generator(bench.seed, "matmul"))
+    square = square.to(bench.policy.hf.get_output_embeddings().weight)
+    run = {"ours": partial(torch.matmul, square, square)}
+    return Work("matmul", 0, 2 * size**3, run, note=f"the ceiling: {size} x {size}")
+
+
+def _scoring_works(bench: Bench, costs: Costs) -> list[Work]:
+    """Scoring on one view, and its parts."""
+    masks = bench.masks(1)
+    hidden = masks.hidden[0].to(bench.policy.device)
+    rows = len(bench.batch)
+    tokens = int(hidden.sum())
+    weight = bench.policy.hf.get_output_embeddings().weight
+    length = bench.batch.prompt.shape[1] + bench.batch.completion.shape[1]
+    draw = generator(bench.seed, "states")
+    states = torch.randn(rows, length, weight.shape[1], generator=draw).to(weight)
+
+    def scored_by(models):
+        call = partial(bench.score, batch=bench.batch, masks=masks)
+        return {path: partial(call, model) for path, model in models.items()}
+
+    share = f"{tokens / hidden.numel():.0%} of the completion tokens hidden"
+    body = scored_by({"ours": bench.body})
+    head = _paths(bench.head, states, hidden)
+    head_flop = tokens * costs.forward.token
+    bare = scored_by(bench.references)
+    return [
+        Work("score", rows, costs.forward.of(rows, tokens), scored_by(bench.models), note=share),
+        Work("score, adapters off", rows, costs.reference.of(rows, tokens), bare),
+        Work("score, body alone", rows, costs.forward.of(rows, 0), body),
+        Work("score, head alone", rows, head_flop, head, note="of random states"),
     ]
-    for k in views:
-        passes = int(masks[k].hidden.any(-1).sum())
-        tokens = int(masks[k].hidden.sum())
-        useful = passes * (bare + backward) + tokens * (bare_token + backward_token)
-        found.append(
-            Work(
-                "update",
-                passes,
-                useful,
-                both(update, masks[k]),
-                views=k,
-                note="reference, gradient, clipping, AdamW",
-            )
-        )
-    return found
+
+
+def _rollout_works(bench: Bench, costs: Costs) -> list[Work]:
+    """A rollout by the published sampler, and one with our cache."""
+    rows = len(bench.batch)
+    steps = bench.schedule["steps"]
+    sequences = rows * steps
+    useful = costs.forward.of(sequences, sequences * bench.schedule["block"])
+    note = f"{rows} completions, {steps} steps each"
+    cached = {"ours": bench.cached_roll_out}
+    return [
+        Work("rollout", sequences, useful, _paths(bench.roll_out), note=note),
+        Work(CACHED, sequences, flop(cached["ours"]), cached, note="not the published sampler"),
+    ]
+
+
+def _gradient_work(bench: Bench, costs: Costs) -> Work:
+    """Scoring on one view, with the gradient."""
+    masks = bench.masks(1)
+    rows = len(bench.batch)
+    useful = costs.gradient.of(rows, int(masks.hidden.sum()))
+    return Work("score and gradient", rows, useful, _paths(bench.gradient, bench.batch, masks))
+
+
+def _update_work(bench: Bench, costs: Costs, views: int) -> Work:
+    """An update on so many views."""
+    masks = bench.masks(views)
+    passes = int(masks.hidden.any(-1).sum())
+    tokens = int(masks.hidden.sum())
+    useful = costs.reference.of(passes, tokens) + costs.gradient.of(passes, tokens)
+    note = "reference, gradient, clipping, AdamW"
+    return Work("update", passes, useful, _paths(bench.update, masks), views=views, note=note)
 
 
 def measure(
     policy: DiffusionLM, batch: Batch, *, repeats: int, on_work: Callable[[int, int], None], **given
 ) -> pd.DataFrame:
-    """A row a work and path: the median of `repeats` calls after a warm-up, ours and naive by
-    turns; `given` as `works` takes it.
+    """One row per work and path: the median of `repeats` calls after a warm-up.
 
+    Ours and naive take turns; `given` as `works` takes it.
     spread: slowest less fastest call, seconds.  peak_gib: the most that all tensors of the process
     took together.  A path that runs out of memory has no numbers, and says so in its note.
     """
-    device, todo, found = policy.device, works(policy, batch, **given), []
-    length, of = batch.prompt.shape[1] + batch.completion.shape[1], len(todo)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    while todo:
-        work = todo.pop(0)  # whose tensors may go then
+    waiting = works(policy, batch, **given)
+    total = len(waiting)
+    device = policy.device
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    else:
+        device_name = f"CPU, {torch.get_num_threads()} threads"
+    length = batch.prompt.shape[1] + batch.completion.shape[1]
+    rows = []
+    while waiting:
+        work = waiting.pop(0)  # whose tensors may go then
         for path, (seconds, peak) in timed(work.run, device, repeats).items():
-            median = statistics.median(seconds or [float("nan")])
-            row = {
-                "work": work.name,
-                "path": path,
-                "views": work.views,
-                "sequences": work.sequences,
-                "tokens": work.sequences * length,
-            }
-            row |= {"seconds": median, "spread": max(seconds) - min(seconds) if seconds else median}
-            row |= {
-                "sequences_per_s": row["sequences"] / median,
-                "tokens_per_s": row["tokens"] / median,
-            }
-            row |= {"tflops": work.flop / median / 1e12}
-            row |= {
-                "share_of_ceiling": row["tflops"] / (found[0] if found else row)["tflops"],
-                "peak_gib": peak / 2**30,
-            }
-            row |= {
-                "device": name,
-                "dtype": str(policy.hf.dtype).removeprefix("torch."),
-                "note": work.note if seconds else "out of memory",
-            }
-            found.append(row)
-        on_work(of - len(todo), of)
-    return pd.DataFrame(found)
+            rows.append({"work": work.name, "path": path} | _timing(work, seconds, peak, length))
+        on_work(total - len(waiting), total)
+    frame = pd.DataFrame(rows)
+    ceiling = frame["tflops"].iloc[0]
+    frame.insert(frame.columns.get_loc("peak_gib"), "share_of_ceiling", frame["tflops"] / ceiling)
+    frame.insert(frame.columns.get_loc("note"), "device", device_name)
+    frame.insert(frame.columns.get_loc("note"), "dtype", str(policy.hf.dtype).split(".")[-1])
+    return frame
+
+
+def _timing(work: Work, seconds: list[float], peak: float, length: int) -> dict:
+    """The numbers of one path of a work, from its calls' seconds (none: out of memory)."""
+    median = statistics.median(seconds or [float("nan")])
+    tokens = work.sequences * length
+    return {
+        "views": work.views,
+        "sequences": work.sequences,
+        "tokens": tokens,
+        "seconds": median,
+        "spread": max(seconds) - min(seconds) if seconds else median,
+        "sequences_per_s": work.sequences / median,
+        "tokens_per_s": tokens / median,
+        "tflops": work.flop / median / 1e12,
+        "peak_gib": peak / 2**30,
+        "note": work.note if seconds else "out of memory",
+    }
 
 
 def ratios(results: pd.DataFrame) -> pd.DataFrame:
-    """Ours beside naive, a row a work and number of views; `times` is the ratio of their
-    sequences/s.
+    """Ours beside naive, one row per work and number of views.
 
-    The rollout with a cache stands beside the naive rollout, which has none.
+    `times` is the ratio of their sequences/s.  The rollout with a cache stands beside the naive
+    rollout, which has none.
     """
-    timed = results[results["sequences"] > 0]
-    timed = pd.concat(
-        [
-            timed,
-            timed[(timed["work"] == "rollout") & (timed["path"] == "naive")].assign(work=CACHED),
-        ]
-    )
-    wide = timed.pivot(
-        index=["work", "views"], columns="path", values=["sequences_per_s", "tflops", "peak_gib"]
-    )
-    wide = wide.loc[
-        list(dict.fromkeys(zip(timed["work"], timed["views"])))
-    ]  # in the order measured
-    table = pd.DataFrame(
-        {"times": wide["sequences_per_s", "ours"] / wide["sequences_per_s", "naive"]}
-    )
-    for column, unit in (
-        ("sequences_per_s", "sequences/s"),
-        ("tflops", "TFLOP/s"),
-        ("peak_gib", "GiB"),
-    ):
+    rows = results[results["sequences"] > 0]
+    uncached = rows[(rows["work"] == "rollout") & (rows["path"] == "naive")]
+    rows = pd.concat([rows, uncached.assign(work=CACHED)])
+    units = {"sequences_per_s": "sequences/s", "tflops": "TFLOP/s", "peak_gib": "GiB"}
+    wide = rows.pivot(index=["work", "views"], columns="path", values=list(units))
+    measured = list(dict.fromkeys(zip(rows["work"], rows["views"])))
+    wide = wide.loc[measured]  # in that order
+    times = wide["sequences_per_s", "ours"] / wide["sequences_per_s", "naive"]
+    table = pd.DataFrame({"times": times})
+    for column, unit in units.items():
         table[[f"ours, {unit}", f"naive, {unit}"]] = wide[column][["ours", "naive"]]
     return table
 
 
 def scoring_shares(results: pd.DataFrame) -> pd.Series:
-    """Where the time of scoring goes: body and heads as shares of the naive path's, and the ratio
-    that a head of no cost would reach.
+    """Where the time of scoring goes: body and heads as shares of the naive path's seconds.
+
+    And the ratio that a head of no cost would reach.
     """
     seconds = results.set_index(["work", "path"])["seconds"]
-    naive, body = seconds["score", "naive"], seconds["score, body alone", "ours"]
+    naive = seconds["score", "naive"]
+    body = seconds["score, body alone", "ours"]
     heads = {
         f"{path} head": seconds["score, head alone", path] / naive for path in ("naive", "ours")
     }
     return pd.Series({"body": body / naive} | heads | {"most that a head can win": naive / body})
 
 
-def _flop_a_sequence(run: Callable[[Batch, Masks], object], batch: Batch) -> tuple[int, int]:
-    """The FLOP of one masked sequence and of each of its hidden tokens, counted with 1 and 2 of
-    them, when nothing is done twice.
-    """
-    one, place = batch.rows(slice(0, 1)), torch.arange(batch.completion.shape[1])
-    some = [
-        Masks(
-            (place < n)[None, None],
-            torch.ones(1, 1, dtype=torch.float64),
-            torch.zeros(1, dtype=torch.long),
-        )
-        for n in (1, 2)
-    ]
-    first, second = (flop(lambda masks=masks: run(one, masks)) for masks in some)
-    return 2 * first - second, second - first
+def _rspo_of(
+    reference: Denoiser, batch: Batch, masks: Masks, slice_size: int
+) -> Callable[[Float[Tensor, "M B L"]], Loss]:
+    """The RSPO loss of a policy's token log-probs; this is where the reference is scored.
 
-
-def _rspo_of(reference, batch: Batch, masks: Masks, slice_size: int) -> Callable[[Tensor], Loss]:
-    """The RSPO loss of a policy's draws, advantages evenly from -1 to 1; this is where the
-    reference is scored.
+    Advantages lie evenly from -1 to 1.
     """
     with torch.no_grad():
-        baseline = elbo_draws(reference, batch, masks, slice_size=slice_size)
-    return lambda draws: rspo(
-        draws - baseline, torch.linspace(-1, 1, len(batch)).to(draws), lam=0.1
-    )
+        base = token_logps(reference, batch, masks, slice_size=slice_size)
+    rows = len(batch)
+
+    def loss_of(policy):
+        advantage = torch.linspace(-1, 1, rows).to(policy)
+        seen = Evidence(
+            policy=policy,
+            reference=base,
+            old=None,
+            masks=masks,
+            advantage=advantage,
+            reward=advantage,
+            group=torch.zeros(rows, dtype=torch.long, device=policy.device),
+            valid=batch.valid,
+        )
+        return rspo(seen, lam=0.1)
+
+    return loss_of
 
 
 def _roll_out(model: DiffusionLM, batch: Batch, draw: torch.Generator, **schedule) -> Tensor:
-    canvas = torch.full_like(batch.completion, model.mask_id)
-    found = generate(
+    """Completions of the batch's prompts by our sampler."""
+    rollout = generate(
         model.logits,
         batch.prompt,
         batch.prompt_valid,
-        canvas=canvas,
+        canvas=torch.full_like(batch.completion, model.mask_id),
         mask_id=model.mask_id,
         generator=draw,
         **schedule,
     )
-    return found.completion
+    return rollout.completion

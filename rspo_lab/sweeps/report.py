@@ -16,7 +16,7 @@ import pandas as pd
 
 from rspo_lab.figures import estimator_variance as noise_plots
 from rspo_lab.figures import train as plots
-from rspo_lab.measure.score_noise import efficiency, factors
+from rspo_lab.measure.variance_table import efficiency, factors
 from rspo_lab.runs.files import read_json, read_jsonl, replacing
 from rspo_lab.runs.parameters import distinguishing, flat, varying
 from rspo_lab.runs.run import load_runs
