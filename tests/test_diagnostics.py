@@ -10,7 +10,13 @@ import torch
 from rspo_lab.diagnostics import gap_summary
 from rspo_lab.measure.gap import gap_table
 from rspo_lab.measure.score_noise import factors
-from rspo_lab.statistics import correlation, mean_interval, variance_se, wilson
+from rspo_lab.statistics import (
+    correlation,
+    mean_interval,
+    rate_interval,
+    variance_se,
+    wilson,
+)
 
 
 def test_gap_summary_by_hand():
@@ -156,6 +162,11 @@ def test_gap_table_by_hand():
         0, "flips"
     ]
     assert flipped == 1
+
+
+def test_rate_interval_is_over_seeds_or_of_a_single_one_over_its_problems():
+    assert rate_interval([0.2, 0.3, 0.7], 40) == mean_interval([0.2, 0.3, 0.7])
+    assert rate_interval([0.35], 40) == (0.35, *wilson(14, 40))
 
 
 def test_wilson_holds_the_proportion_to_the_last_bit():

@@ -10,7 +10,6 @@ from conftest import completions, table_denoiser
 from rspo_lab import objectives
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import elbo_draws, log_ratio_draws
-from rspo_lab.figures.style import design_look
 from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.measure import gradient_noise, score_noise
 from rspo_lab.measure.gap import gap_samples
@@ -486,18 +485,3 @@ def test_shares_of_the_variance_are_those_of_the_tables(small):
         "share_token_score",
         "share_interaction_score",
     }
-
-
-def test_no_two_designs_of_a_figure_look_alike():
-    more = [
-        "bsc(0, 0)",
-        "bsc(1, 1)",
-        "cyck(2)",
-        "auto",
-        "auto + two-level + allocated",
-        "count + common",
-    ]
-    looks = design_look([*DESIGNS, *more])
-    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(DESIGNS) + len(
-        more
-    )  # some figures have no lines

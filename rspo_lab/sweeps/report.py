@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from rspo_lab.figures import comparison as plots
 from rspo_lab.figures import estimator_variance as noise_plots
-from rspo_lab.figures import train as plots
 from rspo_lab.measure.score_noise import efficiency, factors
 from rspo_lab.runs.files import read_json, read_jsonl, replacing
 from rspo_lab.runs.parameters import distinguishing, flat, varying
@@ -210,13 +210,31 @@ def _learning(root: Path, entries: Sequence[Entry]) -> list[str]:
         name: read_json(paths[0] / "config.json")["eval_problems"]
         for name, paths in variants.items()
     }
-    parts.append(_learning_curves(root, variants, problems))
-    if len(variants) > 1:
-        curves = {name: [evaluation_curve(p) for p in paths] for name, paths in variants.items()}
-        parts.append(_saved(root, "cost", plots.arms_figure(curves), table))
-    if dependence := response(variants):
-        name, rates = dependence
-        parts.append(_saved(root, "response", plots.response_figure(name, rates), rates))
+    curves = {name: [pd.DataFrame(history(path)) for path in paths] for name, paths in arms.items()}
+    seeds = {
+        name: [read_json(path / "config.json")["seed"] for path in paths]
+        for name, paths in arms.items()
+    }
+    data = pd.concat(
+        [c.assign(arm=name, seed=s) for name in arms for s, c in zip(seeds[name], curves[name])]
+    )
+    one_task = len(set(table["task"])) == 1
+    if one_task:
+        parts += [_saved(root, "learning", plots.learning_figure(curves, problems), data)]
+    if one_task and len(arms) > 1:
+        parts += [
+            _saved(
+                root,
+                "arms",
+                plots.cost_figure(
+                    {name: [arm_curve(p) for p in paths] for name, paths in arms.items()},
+                    problems,
+                ),
+                table,
+            )
+        ]
+    if one_task and (found := response(arms)):
+        parts += [_saved(root, "response", plots.response_figure(*found), found[1])]
     return parts
 
 
