@@ -1,4 +1,4 @@
-"""Figures: they draw the numbers that they are given, and look the same whatever the user's settings."""
+"""Figures: they draw the numbers they are given, and look the same whatever the user's settings."""
 
 import os
 import shutil
@@ -162,7 +162,7 @@ def test_a_token_may_be_a_dollar():
 DRAW = """
 import sys
 from rspo_lab.figures.train import training_figure
-records = [{"step": 2, "reward": 0.5, "gradient_norm": 1.0}, {"step": 3, "reward": 0.7, "gradient_norm": 30.0}]
+records = [{"step": step, "reward": 0.1 * step, "gradient_norm": 10.0**step} for step in (2, 3)]
 figure = training_figure(records)
 figure.savefig(sys.argv[1] + ".png", dpi=100)
 figure.savefig(sys.argv[1] + ".pdf", metadata={"CreationDate": None})

@@ -15,7 +15,7 @@ from test_training import Folder, base, config  # noqa: F401
 
 from rspo_lab.cli import main
 from rspo_lab.config import TrainConfig
-from rspo_lab.runs.files import read_json
+from rspo_lab.runs.files import read_json, read_jsonl
 from rspo_lab.runs.parameters import complete, declared
 from rspo_lab.statistics import stratified_bootstrap
 from rspo_lab.sweeps import comparison, report, study

@@ -68,7 +68,7 @@ def cost_figure(variants: dict[str, list[pd.DataFrame]], problems: dict[str, int
             curves = [seed[seed["step"].isin(shared)] for seed in seeds]
             rates = list(zip(*(curve["rate"] for curve in curves)))
             for axis, cost in zip(axes, COSTS):
-                spent = sum(curve[cost].to_numpy() for curve in curves) / len(curves)
+                spent = np.mean([curve[cost] for curve in curves], axis=0)
                 _draw_rates(axis, spent, rates, problems[label], style, label)
         for axis, label in zip(axes, COSTS.values()):
             axis.set_xlabel(label)

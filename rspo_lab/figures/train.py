@@ -3,8 +3,6 @@
 Records or frames in, a Figure out; no files.  Log-ratios in nats, in the unit of the run's lam.
 """
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes

@@ -20,7 +20,7 @@ from rspo_lab import training
 from rspo_lab.config import TrainConfig
 from rspo_lab.figures.style import house_style
 from rspo_lab.figures.train import training_figure
-from rspo_lab.journal import read_records
+from rspo_lab.runs.files import read_jsonl
 
 POLL = 0.1  # seconds
 # seconds, or five times what a drawing takes if that is longer: Python draws and trains by turns
@@ -45,7 +45,7 @@ async def train(config: TrainConfig, run) -> list[dict]:
         if history:
             history.append(record)
         else:  # with what earlier calls recorded
-            history.extend(read_records(run.path / "metrics.jsonl"))
+            history.extend(read_jsonl(run.path / "metrics.jsonl"))
 
     panel = Panel(config, stop)
     worker = asyncio.ensure_future(
