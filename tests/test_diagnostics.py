@@ -10,7 +10,13 @@ import torch
 from rspo_lab.diagnostics import gap_summary
 from rspo_lab.measure.gap import gap_table
 from rspo_lab.measure.variance_table import efficiency, factors, tidy
-from rspo_lab.statistics import correlation, mean_interval, variance_se, wilson
+from rspo_lab.statistics import (
+    correlation,
+    mean_interval,
+    rate_interval,
+    variance_se,
+    wilson,
+)
 
 
 def test_gap_summary_by_hand():
@@ -183,6 +189,11 @@ def test_gap_table_without_movement_or_advantage_has_no_correlation_and_no_flips
     for name in ("slope", "r_estimate", "r_random_order", "r_estimate_low", "flips", "flips_exact"):
         assert np.isnan(row[name]), name
     assert row["gap_rms"] == 0 and row["elbo_gap_high"] == 0
+
+
+def test_rate_interval_is_over_seeds_or_of_a_single_one_over_its_problems():
+    assert rate_interval([0.2, 0.3, 0.7], 40) == mean_interval([0.2, 0.3, 0.7])
+    assert rate_interval([0.35], 40) == (0.35, *wilson(14, 40))
 
 
 def test_wilson_holds_the_proportion_to_the_last_bit():

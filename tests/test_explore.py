@@ -1,8 +1,7 @@
-"""What the explorer shows, against what the estimators, the oracle and the model themselves say;
-then its widgets, without a browser.
+"""What the explorer shows, against the estimators, the oracle and the model; then its widgets.
 
-The run looked at is made by hand: its one saved policy is the Sudoku base with noise on its
-weights, so that d is not small.
+The run is made by hand: its saved policies are the Sudoku base with noise on its weights, so that d
+is not small.
 """
 
 import os
@@ -23,7 +22,7 @@ from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.measure.gap import through_training
 from rspo_lab.models.loading import load
 from rspo_lab.oracle import count_moments
-from rspo_lab.policies import reference_of
+from rspo_lab.policies import reference_of, trained_run
 from rspo_lab.random_streams import generator
 from rspo_lab.runs.files import write_json
 from rspo_lab.tasks import sudoku
@@ -56,8 +55,8 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def held(root):
-    return explore.hold("first", root / "02_train/first", 6, prompts=2, group=3, seed=1)
+def measured(root):
+    return explore.measure_policy("first", root / "02_train/first", 6, prompts=2, group=3, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def test_training_runs_are_those_with_saved_policies_latest_first(tmp_path):
     ):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (when, when))
-    names = ["b/new: sudoku, λ 0.03, 6 steps, seed 1", "a/old: sudoku, λ 0.03, 6 steps, seed 0"]
+    names = ["b/new: sudoku, λ 0.1, 6 steps, seed 1", "a/old: sudoku, λ 0.1, 6 steps, seed 0"]
     assert list(explore.training_runs(tmp_path).items()) == [
         (names[0], tmp_path / "b/new"),
         (names[1], tmp_path / "a/old"),
@@ -90,44 +89,70 @@ def test_training_runs_are_those_with_saved_policies_latest_first(tmp_path):
         explore.required_runs(tmp_path / "c")
 
 
-def test_points_agree_with_the_gap_measured_without_tables(root, held):
+def test_points_agree_with_the_gap_measured_without_tables(root, measured):
     """On a design without randomness notebook 04's own measurement must give the same rows."""
-    ours = explore.gap_points(held, "one_step", 1, 0.2, seed=1)
-    path = root / "02_train/first/snapshots/000006"
-    theirs = through_training(
-        CONFIG, {6: path}, prompts=2, group=3, design="one_step", views=1, lam=0.2, seed=1
-    )
+    ours = explore.gap_points(measured, "one_step", 1, 0.2, seed=1)
+    run = trained_run(root / "02_train/first")
+    how = {"prompts": 2, "group": 3, "design": "one_step", "views": 1, "lam": 0.2, "seed": 1}
+    theirs = through_training(run, steps=[6], **how)
     assert (
         ours["d"].std() > 0.1 and ours["advantage"].abs().max() > 0
     )  # or there is nothing to compare
-    for column in ("reward", "advantage", "d", "d_exact", "d_hat", "target", "gap", "weight"):
+    for column in (
+        "reward",
+        "advantage",
+        "d",
+        "d_exact",
+        "d_hat",
+        "target",
+        "gap",
+        "weight",
+        "flipped",
+    ):
         assert ours[column].tolist() == pytest.approx(theirs[column].tolist(), abs=1e-4), column
     assert ours["problem"].tolist() == [0, 0, 0, 1, 1, 1]
-    assert theirs["problem"].tolist() == [held.rollouts.examples[3 * i].id for i in ours["problem"]]
+    assert theirs["problem"].tolist() == [
+        measured.rollouts.examples[3 * i].id for i in ours["problem"]
+    ]
 
 
-def test_points_on_masks_are_the_estimator(held, models):
-    distinct, which = held.rollouts.batch.distinct()
+def test_points_on_masks_are_the_estimator(measured, models):
+    distinct = measured.rollouts.distinct
+    which = measured.rollouts.which
     masks = DESIGNS["bsc"](distinct.valid, 4, generator=generator(1, "explore gap", 2))
     with torch.no_grad():
         d = log_ratio_draws(*models, distinct, masks).mean(0)[which]
-    points = explore.gap_points(held, "bsc", 4, 0.1, seed=1, draw=2)
+    points = explore.gap_points(measured, "bsc", 4, 0.1, seed=1, draw=2)
     assert points["d"].tolist() == pytest.approx(d.tolist(), abs=1e-3)
     assert (
         points["d"].tolist()
-        != explore.gap_points(held, "bsc", 4, 0.1, seed=1, draw=3)["d"].tolist()
+        != explore.gap_points(measured, "bsc", 4, 0.1, seed=1, draw=3)["d"].tolist()
     )
 
 
-def test_points_refuse_what_has_no_target(held):
+@pytest.mark.parametrize("scope", ["batch", "group", "none"])
+def test_points_are_centred_over_the_scope_of_the_run(measured, scope):
+    trained = replace(measured, config=replace(measured.config, scope=scope))
+    points = explore.gap_points(trained, "bsc", 4, 0.1, seed=1)
+    prompts = points["d"].to_numpy().reshape(2, 3)
+    centres = {"batch": prompts.mean(), "group": prompts.mean(1, keepdims=True), "none": 0.0}
+    expected = prompts - centres[scope]
+    assert points["d_hat"].tolist() == pytest.approx(expected.ravel().tolist())
+    gap = points["advantage"] / 0.1 - points["d_hat"]
+    assert points["gap"].tolist() == pytest.approx(gap.tolist())
+    assert points["weight"].tolist() == pytest.approx((0.1 * gap).tolist())
+    assert points["flipped"].tolist() == (points["weight"] * points["advantage"] < 0).tolist()
+
+
+def test_points_refuse_what_has_no_target(measured):
     with pytest.raises(ValueError, match="lam > 0"):
-        explore.gap_points(held, "count", 4, 0.0, seed=0)
+        explore.gap_points(measured, "count", 4, 0.0, seed=0)
     with pytest.raises(ValueError, match="views must be even"):
-        explore.gap_points(held, "coupled", 3, 0.1, seed=0)
+        explore.gap_points(measured, "coupled", 3, 0.1, seed=0)
 
 
 @pytest.mark.parametrize("quantity", ["d", "score"])
-def test_variance_curves_against_the_sum_over_all_masks(held, models, quantity):
+def test_variance_curves_against_the_sum_over_all_masks(measured, models, quantity):
     policy, reference = models
 
     def difference(batch, hidden):  # d is linear in log-probs, so that of this "denoiser"
@@ -136,12 +161,12 @@ def test_variance_curves_against_the_sum_over_all_masks(held, models, quantity):
     with torch.no_grad():
         exact = (
             count_moments(
-                policy if quantity == "score" else difference, held.rollouts.batch.distinct()[0]
+                policy if quantity == "score" else difference, measured.rollouts.distinct
             )[1]
             .mean()
             .item()
         )
-    curve = explore.variance_curve(held, "count", quantity, redraws=600, seed=0).set_index(
+    curve = explore.variance_curve(measured, "count", quantity, redraws=600, seed=0).set_index(
         ["design", "views"]
     )
     for k in explore.VIEWS:
@@ -150,26 +175,26 @@ def test_variance_curves_against_the_sum_over_all_masks(held, models, quantity):
         assert abs(row["value"] - exact / k) < 5 * row["stderr"] < exact / k and row["cost"] == k
 
 
-def test_variance_curves_count_cost_and_leave_out_views_that_cannot_be(held):
-    cycle = explore.variance_curve(held, "cycle", "d", redraws=300, seed=0)
-    used = held.valid.sum(1).tolist()
+def test_variance_curves_count_cost_and_leave_out_views_that_cannot_be(measured):
+    cycle = explore.variance_curve(measured, "cycle", "d", redraws=300, seed=0)
+    used = measured.rollouts.distinct.valid.sum(1).tolist()
     cycles = sum(sum(1 / i for i in range(1, u + 1)) for u in used) / len(
         used
     )  # of a random permutation, on average
     assert cycle.loc[2, "views"] == 4 and cycle.loc[2, "cost"] == pytest.approx(
         4 * cycles, rel=0.05
     )
-    coupled = explore.variance_curve(held, "coupled", "d", redraws=20, seed=0)
+    coupled = explore.variance_curve(measured, "coupled", "d", redraws=20, seed=0)
     assert coupled[coupled["design"] == "coupled"]["views"].tolist() == [2, 4, 8, 16, 32]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_decoding_is_what_the_model_says_step_by_step(held, models, sampled):
+def test_decoding_is_what_the_model_says_step_by_step(measured, models, sampled):
     """Replayed on the model: before each step the surest written token has the probability that the
     grid shows.
     """
-    policy, example = models[0], held.rollouts.examples[3]
-    decoding = explore.decode(held, 1, sampled=sampled, seed=4)
+    policy, example = models[0], measured.rollouts.examples[3]
+    decoding = explore.decode(measured, 1, sampled=sampled, seed=4)
     cells, canvas = decoding.cells, sudoku.canvas(example)
     assert [
         ("?" if step >= 0 else token) for token, step in zip(cells["token"], cells["step"])
@@ -244,43 +269,43 @@ def session(root):
     return explore.Session(explore.training_runs(root), prompts=2, group=2, redraws=20, seed=0)
 
 
-def fake_hold(monkeypatch, held, calls):
-    def hold(run, folder, step, **how):
+def fake_measuring(monkeypatch, measured, calls):
+    def measure_policy(run, folder, step, **how):
         calls.append((run.split(":")[0], step))
-        return replace(held, run=run, step=step)
+        return replace(measured, run=run, step=step)
 
-    monkeypatch.setattr(explore, "hold", hold)
+    monkeypatch.setattr(explore, "measure_policy", measure_policy)
 
 
-def test_session_holds_the_last_policy_saved_by_the_step_once(
-    session, held, root, monkeypatch, tmp_path
+def test_session_measures_the_last_policy_saved_by_the_step_once(
+    session, measured, root, monkeypatch, tmp_path
 ):
     calls, told = [], []
-    fake_hold(monkeypatch, held, calls)
-    session.on_hold = told.append
+    fake_measuring(monkeypatch, measured, calls)
+    session.on_measure = told.append
     first = next(iter(session.runs))
     second = tmp_path / "second"
     (second / "snapshots/000004").mkdir(parents=True)
     write_json(second / "config.json", asdict(CONFIG))
     session.runs = session.runs | {"second: x": second}
-    look = session.first_look(step=0, design="bsc", views=4, lam=0.1)
+    selection = session.first_selection(step=0, design="bsc", views=4, lam=0.1)
     assert (
-        look.runs == (first,)
-        and look.step == 6
+        selection.runs == (first,)
+        and selection.step == 6
         and session.steps((first, "second: x")) == [0, 3, 4, 6]
     )
-    both = replace(look, runs=(first, "second: x"), step=3)
-    assert [(h.run, h.step) for h in session.held(both)] == [(first, 3), ("second: x", 0)]
+    both = replace(selection, runs=(first, "second: x"), step=3)
+    assert [(h.run, h.step) for h in session.policies(both)] == [(first, 3), ("second: x", 0)]
     for moved in (both, replace(both, views=8, lam=1.0, design="count", problem=1, draw=3)):
-        session.held(moved), session.points(moved), session.curves(moved)
+        session.policies(moved), session.points(moved), session.curves(moved)
     assert calls == [("02_train/first", 3), ("second", 0)] and [
         text.split(",")[0] for text in told
     ] == ["02_train/first", "second"]
-    held_at = session.table(both)
+    table = session.table(both)
     assert (
-        set(held_at["panel"]) == {"variance", "gap"}
-        and set(held_at["step"]) == {3, 0}
-        and (held_at["panel"] == "gap").sum() == 12
+        set(table["panel"]) == {"variance", "gap"}
+        and set(table["step"]) == {3, 0}
+        and (table["panel"] == "gap").sum() == 12
     )
 
 
@@ -294,9 +319,9 @@ def test_session_holds_the_last_policy_saved_by_the_step_once(
         ({"problem": 2}, "0 to 1"),
     ],
 )
-def test_first_look_says_what_cannot_be_looked_at(session, given, said):
+def test_first_selection_says_what_cannot_be_shown(session, given, said):
     with pytest.raises(ValueError, match=said):
-        session.first_look(**{"step": 0, "design": "bsc", "views": 4, "lam": 0.1} | given)
+        session.first_selection(**{"step": 0, "design": "bsc", "views": 4, "lam": 0.1} | given)
 
 
 def test_long_completions_are_refused_with_the_way_out(tmp_path):
@@ -305,16 +330,16 @@ def test_long_completions_are_refused_with_the_way_out(tmp_path):
     write_json(run / "config.json", asdict(replace(CONFIG, model="base-sums", task="sums")))
     load("base-sums").save(run / "snapshots/000006")
     with pytest.raises(ValueError, match="too many to tabulate.*notebook 03"):
-        explore.hold("sums", run, 6, prompts=1, group=2, seed=0)
+        explore.measure_policy("sums", run, 6, prompts=1, group=2, seed=0)
 
 
-def test_figure_rings_the_chosen_views_and_problem(held):
+def test_figure_rings_the_chosen_views_and_problem(measured):
     curve, points = (
-        explore.variance_curve(held, "bsc", "d", redraws=30, seed=0),
-        explore.gap_points(held, "bsc", 8, 0.1, seed=0),
+        explore.variance_curve(measured, "bsc", "d", redraws=30, seed=0),
+        explore.gap_points(measured, "bsc", 8, 0.1, seed=0),
     )
-    look = explore.Look(("first",), 6, "bsc", 8, 0.1, problem=1)
-    figure = panels_figure(["first"], [curve], [points], look)
+    selection = explore.Selection(("first",), 6, "bsc", 8, 0.1, problem=1)
+    figure = panels_figure(["first"], [curve], [points], selection)
     variance, target, weight = figure.axes
     row = curve[(curve["design"] == "bsc") & (curve["views"] == 8)].iloc[0]
     ring = [line for line in variance.lines if line.get_markersize() == 10][0]
@@ -328,41 +353,44 @@ def test_figure_rings_the_chosen_views_and_problem(held):
             axis.collections[0].get_offsets().tolist() + axis.collections[1].get_offsets().tolist()
         )
         assert drawn == sorted(points[columns].to_numpy().tolist())
-    for other in (
-        points.assign(weight=[-1.0, 1, 1, -1, -1, 1], advantage=[1.0, 1, 0, -1, 1, 0]),
-        points.assign(advantage=0.0),
+    for changed, note in (
+        (
+            {"flipped": [True, False, False, False, True, False], "advantage": [1, 1, 0, -1, 1, 0]},
+            "2 of 4 flip",
+        ),
+        ({"flipped": False, "advantage": 0.0}, "A = 0"),
     ):
-        figure = panels_figure(["first"], [curve], [other], look)
-        assert ("2 of 4 flip" if other["advantage"].any() else "A = 0") in figure.axes[
-            2
-        ].get_title()
+        figure = panels_figure(["first"], [curve], [points.assign(**changed)], selection)
+        assert note in figure.axes[2].get_title()
 
 
 def test_figure_of_the_reference_itself_has_no_noise_of_d(root):
-    base = explore.hold("first", root / "02_train/first", 0, prompts=1, group=2, seed=0)
+    base = explore.measure_policy("first", root / "02_train/first", 0, prompts=1, group=2, seed=0)
     points = explore.gap_points(base, "count", 2, 0.1, seed=0)
     assert (points[["d", "d_exact"]] == 0).all().all()
     figure = panels_figure(
         ["base"],
         [explore.variance_curve(base, "count", "d", redraws=5, seed=0)],
         [points],
-        explore.Look(("first",), 0, "count", 2, 0.1),
+        explore.Selection(("first",), 0, "count", 2, 0.1),
     )
     assert "reference" in figure.axes[0].texts[0].get_text()
 
 
-def test_nobody_watching_gets_the_look_and_no_widgets(session, monkeypatch):
+def test_nobody_watching_gets_the_selection_and_no_widgets(session, monkeypatch):
     monkeypatch.setattr(explorer, "display", lambda box: pytest.fail("nobody looks"))
-    look = session.first_look(step=3, design="bsc", views=4, lam=0.1)
-    assert explorer.show(session, look).look == look
+    selection = session.first_selection(step=3, design="bsc", views=4, lam=0.1)
+    assert explorer.show(session, selection).selection == selection
 
 
-def test_widgets_move_the_look_and_draw_it(session, held, monkeypatch):
+def test_widgets_move_the_selection_and_draw_it(session, measured, monkeypatch):
     calls, boxes = [], []
-    fake_hold(monkeypatch, held, calls)
+    fake_measuring(monkeypatch, measured, calls)
     monkeypatch.setattr(explorer, "watched", lambda: True)
     monkeypatch.setattr(explorer, "display", boxes.append)
-    shown = explorer.show(session, session.first_look(step=0, design="coupled", views=4, lam=0.1))
+    shown = explorer.show(
+        session, session.first_selection(step=0, design="coupled", views=4, lam=0.1)
+    )
     assert isinstance(boxes[0], ipywidgets.VBox) and len(calls) == 1 and shown.line.value == ""
     pictures = [bytes(shown.image.value)]
     for name, value in (("views", 8), ("lam", 1.0), ("quantity", "score"), ("design", "count")):
@@ -375,20 +403,20 @@ def test_widgets_move_the_look_and_draw_it(session, held, monkeypatch):
         and pictures[0].startswith(b"\x89PNG")
         and len(calls) == 1
     )
-    assert shown.look == replace(
-        session.first_look(step=0, design="count", views=8, lam=1.0), quantity="score", draw=1
+    assert shown.selection == replace(
+        session.first_selection(step=0, design="count", views=8, lam=1.0), quantity="score", draw=1
     )
 
     grids = [shown.grid.value]
     shown.frame.value = 2
     grids.append(shown.grid.value)
     assert "solved" in grids[0] and "step 2 of" in grids[1]
-    assert grids[1] == decoding_html(**vars(session.decodings(shown.look)[0]), frame=2)
+    assert grids[1] == decoding_html(**vars(session.decodings(shown.selection)[0]), frame=2)
     shown.problem.value = 1
-    assert shown.look.problem == 1 and shown.grid.value != grids[1]
+    assert shown.selection.problem == 1 and shown.grid.value != grids[1]
 
     shown.step.value = 3
-    assert [step for _, step in calls] == [6, 3] and shown.look.step == 3
+    assert [step for _, step in calls] == [6, 3] and shown.selection.step == 3
     before = bytes(shown.image.value)
     shown.design.value = "coupled"
     shown.views.value = 1  # a pair has two
@@ -396,26 +424,28 @@ def test_widgets_move_the_look_and_draw_it(session, held, monkeypatch):
         "views must be even" in shown.line.value and bytes(shown.image.value) != before
     )  # the last one that could be drawn
     shown.runs.value = ()
-    assert shown.look.runs == tuple(session.runs)  # nothing chosen changes nothing
+    assert shown.selection.runs == tuple(session.runs)  # nothing chosen changes nothing
 
 
 def test_a_run_that_cannot_be_shown_is_said_and_left_for_another(
-    session, held, monkeypatch, tmp_path
+    session, measured, monkeypatch, tmp_path
 ):
     """The explorer opens on a run whose base is gone: the widgets must stay alive."""
-    fake_hold(monkeypatch, held, [])
-    works, tried = explore.hold, []
+    fake_measuring(monkeypatch, measured, [])
+    works, tried = explore.measure_policy, []
 
-    def hold(run, folder, step, **how):
+    def measure_policy(run, folder, step, **how):
         tried.append(run)
         if run == "gone":
             raise FileNotFoundError("no model at /gone")
         return works(run, folder, step, **how)
 
-    monkeypatch.setattr(explore, "hold", hold)
+    monkeypatch.setattr(explore, "measure_policy", measure_policy)
     monkeypatch.setattr(explorer, "display", lambda box: None)
     session.runs = {"gone": next(iter(session.runs.values()))} | session.runs
-    shown = explorer.Explorer(session, session.first_look(step=0, design="bsc", views=4, lam=50.0))
+    shown = explorer.Explorer(
+        session, session.first_selection(step=0, design="bsc", views=4, lam=50.0)
+    )
     assert (
         shown.line.value == "FileNotFoundError: no model at /gone"
         and not shown.image.value
@@ -431,18 +461,20 @@ def html_after(shown):
     return shown.grid.value
 
 
-def test_other_runs_bring_their_own_steps(session, held, monkeypatch, tmp_path):
+def test_other_runs_bring_their_own_steps(session, measured, monkeypatch, tmp_path):
     calls = []
-    fake_hold(monkeypatch, held, calls)
+    fake_measuring(monkeypatch, measured, calls)
     (tmp_path / "second/snapshots/000004").mkdir(parents=True)
     write_json(tmp_path / "second/config.json", asdict(CONFIG))
     session.runs = session.runs | {"second: x": tmp_path / "second"}
     monkeypatch.setattr(explorer, "display", lambda box: None)
-    shown = explorer.Explorer(session, session.first_look(step=3, design="bsc", views=4, lam=0.1))
+    shown = explorer.Explorer(
+        session, session.first_selection(step=3, design="bsc", views=4, lam=0.1)
+    )
     shown.runs.value = ("second: x",)
-    assert list(shown.step.options) == [0, 4] and shown.step.value == shown.look.step == 4
+    assert list(shown.step.options) == [0, 4] and shown.step.value == shown.selection.step == 4
     shown.runs.value = tuple(session.runs)
-    assert list(shown.step.options) == [0, 3, 4, 6] and shown.look.step == 4
+    assert list(shown.step.options) == [0, 3, 4, 6] and shown.selection.step == 4
     assert calls == [
         ("02_train/first", 3),
         ("second", 4),

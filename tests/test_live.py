@@ -16,17 +16,18 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from rspo_lab.config import TrainConfig
-from rspo_lab.figures import train as plots
+from rspo_lab.figures.train import pairs_figure
 from rspo_lab.interactive import live
-from rspo_lab.journal import pairs
+from rspo_lab.journal import completions_table
 
 CONFIG = TrainConfig(model="base-sudoku", task="sudoku", steps=20)
 
 
 @pytest.fixture
 def stage(monkeypatch, tmp_path):
-    """A fake training of `pace` seconds a step, `fail_at` a step; what was drawn and displayed; a
-    run folder.
+    """A fake training of `pace` seconds per step, which fails at step `fail_at`.
+
+    With what was drawn and displayed, and a run folder.
     """
     stage = types.SimpleNamespace(
         pace=0.02,
@@ -61,14 +62,14 @@ def stage(monkeypatch, tmp_path):
                 break
         return history
 
-    def training_figure(history, lam):
+    def training_figure(history):
         stage.drawn.append([record["step"] for record in history])
         figure = Figure(figsize=(1, 1))
         figure.subplots().plot([record["step"] for record in history])
         return figure
 
     monkeypatch.setattr(live.training, "train", train)
-    monkeypatch.setattr(live.plots, "training_figure", training_figure)
+    monkeypatch.setattr(live, "training_figure", training_figure)
     monkeypatch.setattr(live, "watched", lambda: True)
     monkeypatch.setattr(live, "display", lambda box: setattr(stage, "box", box))
     monkeypatch.setattr(live, "REDRAW", 0.05)
@@ -170,12 +171,12 @@ def test_interrupts_stop_it_however_often_they_come(stage):
 def test_a_keyboard_interrupt_while_drawing_stops_it(stage, monkeypatch):
     drawings = iter([KeyboardInterrupt, None])
 
-    def training_figure(history, lam):
+    def training_figure(history):
         if error := next(drawings):
             raise error
         return Figure(figsize=(1, 1))
 
-    monkeypatch.setattr(live.plots, "training_figure", training_figure)
+    monkeypatch.setattr(live, "training_figure", training_figure)
     assert 1 < len(play(stage)) < 20 and stage.run.stopped
 
 
@@ -198,7 +199,7 @@ def test_errors_of_training_keep_their_type(stage):
 
 
 def test_errors_of_drawing_are_said_and_do_not_end_it(stage, monkeypatch):
-    monkeypatch.setattr(live.plots, "training_figure", lambda history, lam: Figure(figsize=(0, 1)))
+    monkeypatch.setattr(live, "training_figure", lambda history: Figure(figsize=(0, 1)))
     assert len(play(stage)) == 21
     assert line(stage).startswith("done: 20 steps (no figure: ")
 
@@ -208,7 +209,7 @@ def test_a_run_stopped_before_its_first_evaluation_has_figures_to_show(tmp_path)
     stopped.
     """
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_solve_rate": 0.5}\n')
-    recorded = pairs(tmp_path)
-    assert list(recorded.columns) == ["step", "d", "advantage", "reward"] and recorded.empty
-    (axis,) = plots.pairs_figure(recorded, 0.1).axes
+    recorded = completions_table(tmp_path)
+    assert recorded.empty
+    (axis,) = pairs_figure(recorded).axes
     assert "no step is evaluated yet" in axis.get_title()

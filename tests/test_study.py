@@ -15,7 +15,6 @@ from test_training import Folder, base, config  # noqa: F401
 
 from rspo_lab.cli import main
 from rspo_lab.config import TrainConfig
-from rspo_lab.figures.train import _looks, arms_figure
 from rspo_lab.runs.files import read_json, read_jsonl
 from rspo_lab.runs.parameters import complete, declared
 from rspo_lab.statistics import stratified_bootstrap
@@ -209,25 +208,6 @@ def test_a_page_over_runs_that_do_not_match(tmp_path):
     (tmp_path / "t/a/metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="t/a/metrics.jsonl is empty"):
         report.report(tmp_path)
-
-
-def test_arms_of_unequal_evaluations_are_drawn_where_they_meet(tmp_path):
-    seeds = [
-        comparison.evaluation_curve(written(tmp_path / str(i), {}, *rates))
-        for i, rates in enumerate(((0.1, 0.3), (0.1, 0.5, 0.9)))
-    ]
-    many = [
-        seeds[0].assign(rate=[0.1 + 0.2 / 3, 0.3])
-    ] * 14  # numpy's mean of these is not `sum`'s, by a last bit
-    figure = arms_figure({"a": seeds, "b": many})
-    line = figure.axes[0].containers[0].lines[0]
-    assert line.get_xdata().tolist() == [0, 2] and line.get_ydata().tolist() == pytest.approx(
-        [0.1, 0.4]
-    )
-
-
-def test_thirty_arms_look_different():
-    assert len({tuple(look.values()) for look in _looks(30)}) == 30
 
 
 def test_differences_say_of_how_many_pairs_if_of_fewer_than_there_are_seeds(tmp_path):

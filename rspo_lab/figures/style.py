@@ -1,14 +1,19 @@
-"""House style of the figures: sizes of a paper column, fonts that print, one colour and marker a
-thing everywhere.
+"""House style of the figures: a paper's sizes, fonts that print, one colour and marker per thing.
+
+Figures are ours whatever the user's matplotlibrc says, both when drawn and when saved.
 """
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import matplotlib
+import matplotlib.style
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 COLUMN = 3.25  # inches: one column of ICML; NeurIPS and ICLR set 5.5 across
 PAGE = 5.5
@@ -21,6 +26,9 @@ OKABE_ITO = {
     "vermillion": "#D55E00",
     "purple": "#CC79A7",
 }
+POLICY = OKABE_ITO["blue"]
+TARGET = OKABE_ITO["vermillion"]
+REFERENCE = INK
 DESIGN_STYLE = {  # colour and marker, so that a figure also reads in grey
     "count": (OKABE_ITO["blue"], "o"),
     "systematic": (OKABE_ITO["green"], "s"),
@@ -37,13 +45,9 @@ DESIGN_STYLE = {  # colour and marker, so that a figure also reads in grey
     "spg_block": (INK, "h"),
     "auto": ("black", "8"),
 }
-AGAIN = (
-    (None, "-"),
-    ("*", ":"),
-    ("$2$", "-."),
-    ("$3$", "--"),
-)  # marker and line of further parametrisations of one design
-POLICY, TARGET, REFERENCE = OKABE_ITO["blue"], OKABE_ITO["vermillion"], INK
+OTHER_DESIGN = ("black", "*")  # one that a user has added
+# marker (None: its own) and line of the first, second ... parametrisation of one design
+PARAMETRISATIONS = ((None, "-"), ("*", ":"), ("$2$", "-."), ("$3$", "--"))
 
 _RC: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
@@ -72,26 +76,106 @@ _RC: dict[Any, Any] = {
 }
 
 
-def design_look(names: list[str]) -> dict[str, dict]:
-    """Colour, marker and line of every design or scheme of a figure; "bsc(0, 0)" and "bsc(1, 1)"
-    share only the colour.
-    """
-    looks, seen = {}, {}
-    for name in names:
-        base = re.match(r"\w+", name)[0]
-        colour, marker = DESIGN_STYLE[base]
-        other, line = AGAIN[seen.get(base, 0) % len(AGAIN)]
-        looks[name] = {"color": colour, "marker": other or marker, "linestyle": line}
-        seen[base] = seen.get(base, 0) + 1
-    return looks
+def house_style() -> AbstractContextManager[None]:
+    """Matplotlib's own defaults and then ours, in place of the user's, inside the `with`."""
+    return matplotlib.style.context(["default", _RC])
+
+
+class HouseFigure(Figure):
+    """A Figure that is saved in house style too: a PDF's fonts are chosen as it is written."""
+
+    def savefig(self, *args: Any, **kwargs: Any) -> None:
+        with house_style():
+            super().savefig(*args, **kwargs)
 
 
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
-    """A Figure (no pyplot, so safe in threads) to fill inside the `with`; everything drawn there is
-    in house style.
-    """
-    with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(width, height), layout="constrained")
+    """A Figure of so many inches to fill inside the `with`; no pyplot, so no global state."""
+    with house_style():
+        figure = HouseFigure(figsize=(width, height), layout="constrained")
         yield figure
         figure.draw_without_rendering()  # ticks are made when first drawn: here, in house style
+
+
+def design_styles(names: list[str]) -> dict[str, dict]:
+    """Colour, marker and line of every design of a figure.
+
+    "bsc(0, 0)" and "bsc(1, 1)" share only the colour.
+    """
+    styles: dict[str, dict] = {}
+    seen: dict[str, int] = {}
+    for name in names:
+        base = re.split(r"\W", name, maxsplit=1)[0]
+        color, marker = DESIGN_STYLE.get(base, OTHER_DESIGN)
+        other, line = PARAMETRISATIONS[seen.get(base, 0) % len(PARAMETRISATIONS)]
+        styles[name] = {"color": color, "marker": other or marker, "linestyle": line}
+        seen[base] = seen.get(base, 0) + 1
+    return styles
+
+
+def draw_column(
+    axis: Axes,
+    frame: pd.DataFrame,
+    column: str,
+    color: str,
+    label: str,
+    *,
+    marker: str | None = None,
+    smooth: bool = False,
+) -> None:
+    """One column against the step; nothing where it is missing or empty.
+
+    smooth: the running mean over 9 steps, on the pale raw values.
+    """
+    if column not in frame or frame[column].isna().all():
+        return
+    part = frame[["step", column]].dropna()
+    values = part[column]
+    if smooth and len(part) > 20:
+        axis.plot(part["step"], values, color=color, alpha=0.25, linewidth=0.6)
+        values = running_mean(values)
+    axis.plot(part["step"], values, color=color, label=label, marker=marker)
+
+
+def running_mean(values: pd.Series) -> pd.Series:
+    """The mean over 9 neighbours, fewer at the ends; as it is where there are few values."""
+    return values.rolling(9, center=True, min_periods=1).mean() if len(values) > 20 else values
+
+
+def scatter_by_reward(
+    axis: Axes, part: pd.DataFrame, x: str, y: str, *, size: float = 7.0, alpha: float = 0.5
+) -> None:
+    """One point per completion, those that solve their problem apart from the others."""
+    solved = part["reward"] == 1
+    groups = ((solved, POLICY, "o", "solved"), (~solved, TARGET, "^", "not solved"))
+    for some, color, marker, label in groups:
+        axis.scatter(
+            part[x][some],
+            part[y][some],
+            s=size,
+            color=color,
+            marker=marker,
+            alpha=alpha,
+            linewidths=0,
+            label=label,
+        )
+
+
+def log_y(axis: Axes) -> None:
+    """A logarithmic y axis with a few labelled ticks, however short its range; call it last."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    decades = np.log10(high / low)
+    if decades < 1:
+        axis.yaxis.set_major_locator(MaxNLocator(4))
+    else:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+    if decades < 4:
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def identity_line(axis: Axes) -> None:
+    """The dashed line y = x."""
+    axis.axline((0, 0), slope=1, color=INK, linewidth=0.7, linestyle="--")

@@ -1,12 +1,11 @@
-"""The explorer's widgets, a thin layer: a change makes a new `explore.Look`, and what that shows is
-drawn again.
-"""
+"""The explorer's widgets: a change makes a new `session.Selection`, which is drawn."""
 
 import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import ipywidgets
 from IPython.display import display
@@ -14,179 +13,198 @@ from matplotlib.figure import Figure
 
 from rspo_lab.figures.explore import WIDTH, decoding_html, panels_figure
 from rspo_lab.interactive.live import PIXELS, png, watched
-from rspo_lab.interactive.session import VIEWS, Look, Session, designs
+from rspo_lab.interactive.session import VIEWS, Selection, Session, designs
 
-FRAME_MS = 500  # of the decoding's play
+FRAME_MS = 500  # per frame of a decoding that plays
 QUANTITIES = {"d": "d", "the score": "score"}
 
 
-def figure_of(session: Session, look: Look) -> Figure:
-    """The panels of everything looked at."""
-    labels = [
-        f"{'/'.join(h.run.split(':')[0].split('/')[-2:])}, step {h.step}"
-        for h in session.held(look)
-    ]
-    return panels_figure(labels, session.curves(look), session.points(look), look)
+def figure_of(session: Session, selection: Selection) -> Figure:
+    """The panels of every chosen policy."""
+    labels = []
+    for measured in session.policies(selection):
+        place = measured.run.split(":")[0].split("/")
+        labels.append(f"{'/'.join(place[-2:])}, step {measured.step}")
+    curves = session.curves(selection)
+    return panels_figure(labels, curves, session.points(selection), selection)
 
 
-def html_of(session: Session, look: Look, frame: int) -> str:
-    """The token grids of everything looked at, after `frame` steps."""
+def html_of(session: Session, selection: Selection, frame: int) -> str:
+    """The token grids of every chosen policy, after `frame` steps."""
     return "".join(
-        decoding_html(**vars(d), frame=min(frame, d.frames - 1)) for d in session.decodings(look)
+        decoding_html(**vars(decoding), frame=min(frame, decoding.frames - 1))
+        for decoding in session.decodings(selection)
     )
 
 
-def show(session: Session, look: Look) -> "Explorer | Still":
-    """The explorer, displayed where somebody watches; elsewhere (Papermill) only the look itself.
-    Its `look` is where it stands.
+def show(session: Session, selection: Selection) -> "Explorer | Unwatched":
+    """The explorer, displayed where somebody watches; elsewhere (Papermill) only the selection.
+
+    Its `selection` is where the controls stand.
     """
-    return Explorer(session, look) if watched() else Still(look)
+    return Explorer(session, selection) if watched() else Unwatched(selection)
 
 
-class Still:
-    """A look that nobody moves."""
+@dataclass(frozen=True)
+class Unwatched:
+    """A selection that nobody moves."""
 
-    def __init__(self, look: Look) -> None:
-        self.look = look
+    selection: Selection
 
 
 class Explorer:
-    """Controls, figure and token grid over one session; `look` is where they stand."""
+    """Controls, figure and token grid over one session; `selection` is where they stand."""
 
-    def __init__(self, session: Session, look: Look) -> None:
-        self.session, self.look, self.lock, self.settling = session, look, threading.RLock(), False
-        session.on_hold = self._say
-        style, wide = {"description_width": "80px"}, ipywidgets.Layout(width="340px")
-        common = {"style": style, "layout": wide}
+    def __init__(self, session: Session, selection: Selection) -> None:
+        self.session = session
+        self.selection = selection
+        self.lock = threading.RLock()
+        self.settling = False  # while options change, whose instants are no choices of anybody's
+        session.on_measure = self._say
+        self._make_choices()
+        self._make_decoding()
+        self.line = ipywidgets.Label("")
+        size = ipywidgets.Layout(width=f"{PIXELS * WIDTH:.0f}px", max_width="100%")
+        self.image = ipywidgets.Image(format="png", layout=size)
+        display(self._page())
+        self._refresh()
+        self.play.value = self.frame.value = self.frame.max
+        self._draw_grid()
+        self._listen()
+
+    def _make_choices(self) -> None:
+        """The controls of what the figure shows."""
+        chosen = self.selection
         self.runs = ipywidgets.SelectMultiple(
-            options=list(session.runs),
-            value=look.runs,
-            description="runs",
+            options=list(self.session.runs),
+            value=chosen.runs,
             rows=5,
-            style=style,
-            layout=ipywidgets.Layout(width="684px"),
             tooltip="Several with Ctrl or Shift, to compare",
+            **_described("runs", "684px"),
         )
-        steps = session.steps(look.runs)
         self.step = ipywidgets.SelectionSlider(
-            options=steps, value=look.step, description="step", continuous_update=False, **common
+            options=self.session.steps(chosen.runs),
+            value=chosen.step,
+            continuous_update=False,
+            **_described("step"),
         )
         self.design = ipywidgets.Dropdown(
-            options=designs(look.design), value=look.design, description="masks", **common
-        )
-        self.views = ipywidgets.SelectionSlider(
-            options=sorted({*VIEWS, look.views}), value=look.views, description="K", **common
-        )
-        low, high = (
-            min(-3, math.floor(math.log10(look.lam))),
-            max(1, math.ceil(math.log10(look.lam))),
-        )
-        self.lam = ipywidgets.FloatLogSlider(
-            value=look.lam,
-            min=low,
-            max=high,
-            step=0.1,
-            readout_format=".3g",
-            description="λ",
-            **common,
+            options=designs(chosen.design), value=chosen.design, **_described("masks")
         )
         self.quantity = ipywidgets.Dropdown(
-            options=QUANTITIES, value=look.quantity, description="variance of", **common
+            options=QUANTITIES, value=chosen.quantity, **_described("variance of")
+        )
+        self.views = ipywidgets.SelectionSlider(
+            options=sorted({*VIEWS, chosen.views}), value=chosen.views, **_described("K")
+        )
+        power = math.log10(chosen.lam)
+        self.lam = ipywidgets.FloatLogSlider(
+            value=chosen.lam,
+            min=min(-3, math.floor(power)),
+            max=max(1, math.ceil(power)),
+            step=0.1,
+            readout_format=".3g",
+            **_described("λ"),
         )
         beside = ipywidgets.Layout(width="252px", margin="2px 2px 2px 88px")
         self.again = ipywidgets.Button(description="draw the K masks again", layout=beside)
-        self.line = ipywidgets.Label("")
-        self.image = ipywidgets.Image(
-            format="png",
-            layout=ipywidgets.Layout(width=f"{PIXELS * WIDTH:.0f}px", max_width="100%"),
-        )
-        self.problem = ipywidgets.Dropdown(description="problem", **common)
+
+    def _make_decoding(self) -> None:
+        """The controls of the decoding, and its token grid."""
+        self.problem = ipywidgets.Dropdown(**_described("problem"))
         self.sampled = ipywidgets.ToggleButtons(
             options={"greedy": False, "sampled": True}, style={"button_width": "80px"}
         )
         self.play = ipywidgets.Play(min=0, max=1, interval=FRAME_MS, repeat=True)
-        self.frame = ipywidgets.IntSlider(min=0, max=1, description="decoding", **common)
+        self.frame = ipywidgets.IntSlider(min=0, max=1, **_described("decoding"))
         self.grid = ipywidgets.HTML(layout=ipywidgets.Layout(min_height="260px"))
         ipywidgets.jslink((self.play, "value"), (self.frame, "value"))
-        row, column = ipywidgets.HBox, ipywidgets.VBox
-        display(
-            column(
-                [
-                    self.runs,
-                    row(
-                        [
-                            column([self.step, self.design, self.quantity]),
-                            column([self.views, self.lam, self.again]),
-                        ]
-                    ),
-                    self.line,
-                    self.image,
-                    row([self.problem, self.sampled]),
-                    row([self.frame, self.play]),
-                    self.grid,
-                ]
-            )
+
+    def _page(self) -> ipywidgets.VBox:
+        """All widgets in their places."""
+        left = ipywidgets.VBox([self.step, self.design, self.quantity])
+        right = ipywidgets.VBox([self.views, self.lam, self.again])
+        return ipywidgets.VBox(
+            [
+                self.runs,
+                ipywidgets.HBox([left, right]),
+                self.line,
+                self.image,
+                ipywidgets.HBox([self.problem, self.sampled]),
+                ipywidgets.HBox([self.frame, self.play]),
+                self.grid,
+            ]
         )
-        self._refresh()
-        self.play.value = self.frame.value = self.frame.max
-        self._decode()
+
+    def _listen(self) -> None:
+        """From now on a moved control moves the selection."""
         self.runs.observe(lambda change: self._move(runs=tuple(change["new"])), "value")
         for name in ("step", "design", "views", "lam", "quantity", "problem", "sampled"):
-            getattr(self, name).observe(
-                lambda change, name=name: self._move(**{name: change["new"]}), "value"
-            )
-        self.again.on_click(lambda _: self._move(draw=self.look.draw + 1))
-        self.frame.observe(lambda change: self._decode(), "value")
+            self._listen_to(name)
+        self.again.on_click(lambda button: self._move(draw=self.selection.draw + 1))
+        self.frame.observe(lambda change: self._draw_grid(), "value")
+
+    def _listen_to(self, name: str) -> None:
+        control = getattr(self, name)
+        control.observe(lambda change: self._move(**{name: change["new"]}), "value")
 
     def _move(self, **changes) -> None:
-        """Look elsewhere.  Other runs have other steps: stay at the step if it is one of them, else
-        go to the last.
+        """Select something else; with no run chosen what stands is kept.
+
+        Other runs have other steps: the step stays if it is one of them, else it is their last.
         """
         with self.lock:
-            look = replace(self.look, **changes)
-            if self.settling or not look.runs:
-                # options being set have a value for an instant; with no run chosen what stands is
-                # kept
+            selection = replace(self.selection, **changes)
+            if self.settling or not selection.runs:
                 return
-            if look.step not in (steps := self.session.steps(look.runs)):
-                look = replace(look, step=steps[-1])
-            self.look = look
-            self._settle(self.step, steps, look.step)
+            steps = self.session.steps(selection.runs)
+            if selection.step not in steps:
+                selection = replace(selection, step=steps[-1])
+            self.selection = selection
+            self._settle(self.step, steps, selection.step)
             self._refresh()
 
-    def _settle(self, widget, options, value) -> None:
-        """New options and value for a widget, of which nobody hears in the kernel."""
-        if list(widget.options) != list(options) or widget.value != value:
+    def _settle(self, control: Any, options: list, value: Any) -> None:
+        """New options and value for a control, which moves nothing."""
+        if list(control.options) != options or control.value != value:
             self.settling = True
-            widget.options, widget.value = options, value
+            control.options = options
+            control.value = value
             self.settling = False
 
     def _refresh(self) -> None:
-        """Draw everything for the look in hand; what cannot be shown is said in the line and leaves
-        the rest as it was.
-        """
+        """Draw all of the selection; what cannot be shown is said and leaves the rest as it was."""
         with self._saying():
-            self.image.value = png(figure_of(self.session, self.look))
-            problems = self.session.problems(self.look)
-            self._settle(
-                self.problem, [(name, i) for i, name in enumerate(problems)], self.look.problem
-            )
-            self.play.max = self.frame.max = (
-                max(d.frames for d in self.session.decodings(self.look)) - 1
-            )
-            self.grid.value = html_of(self.session, self.look, self.frame.value)
+            self.image.value = png(figure_of(self.session, self.selection))
+            problems = [(name, i) for i, name in enumerate(self.session.problems(self.selection))]
+            self._settle(self.problem, problems, self.selection.problem)
+            decodings = self.session.decodings(self.selection)
+            last = max(decoding.frames for decoding in decodings) - 1
+            self.play.max = self.frame.max = last
+            self.grid.value = html_of(self.session, self.selection, self.frame.value)
             self.line.value = ""
 
-    def _decode(self) -> None:
+    def _draw_grid(self) -> None:
+        """Draw the token grids at the frame of the slider."""
         with self.lock, self._saying():
-            self.grid.value = html_of(self.session, self.look, self.frame.value)
+            self.grid.value = html_of(self.session, self.selection, self.frame.value)
 
     @contextmanager
     def _saying(self) -> Iterator[None]:
+        """What goes wrong inside is said on the page: a callback has nobody to raise it to."""
         try:
             yield
         except Exception as error:
-            self.line.value = f"{type(error).__name__}: {error}"
+            self._say(f"{type(error).__name__}: {error}")
 
     def _say(self, text: str) -> None:
         self.line.value = text
+
+
+def _described(description: str, width: str = "340px") -> dict[str, Any]:
+    """Description, style and layout of a control."""
+    return {
+        "description": description,
+        "style": {"description_width": "80px"},
+        "layout": ipywidgets.Layout(width=width),
+    }

@@ -1,10 +1,10 @@
-"""Training in a notebook: a live figure and a Stop button over a worker thread, or plain training
-where nobody watches.
+"""Training in a notebook: a live figure and a Stop button over a worker thread.
+
+Where nobody watches it is plain training.
 """
 
 import asyncio
 import io
-import json
 import os
 import threading
 import time
@@ -18,34 +18,34 @@ from matplotlib.image import imsave
 
 from rspo_lab import training
 from rspo_lab.config import TrainConfig
-from rspo_lab.figures import train as plots
+from rspo_lab.figures.style import house_style
+from rspo_lab.figures.train import training_figure
+from rspo_lab.runs.files import read_jsonl
 
 POLL = 0.1  # seconds
 # seconds, or five times what a drawing takes if that is longer: Python draws and trains by turns
 REDRAW = 2.0
-PIXELS = 120  # an inch of figure on the page, in CSS pixels; drawn at twice that
+PIXELS = 120  # per inch of figure on the page, in CSS pixels; drawn at twice that
 
 
 async def train(config: TrainConfig, run) -> list[dict]:
-    """`training.train(config, run)` to its end, or to the Stop button or the kernel's interrupt:
-    `history = await live.train(...)`.
+    """`training.train(config, run)` to its end, to the Stop button or to the kernel's interrupt.
 
-    Both stops let the step in hand end, which is saved, and set `run.stopped`.  Where nobody can
-    press a button it trains in the calling thread, so that SIGTERM saves a checkpoint, and shows
-    nothing.
+    In a cell: `history = await live.train(config, run)`.  Both stops let the step in progress end,
+    which is saved, and set `run.stopped`.  Where nobody can press a button it trains in the calling
+    thread, so that SIGTERM saves a checkpoint, and shows nothing.
     """
     run.stopped = False  # the Stop of an earlier call is over
     if not watched():
         return training.train(config, run)
-    stop, history = threading.Event(), []
+    stop = threading.Event()
+    history: list[dict] = []
 
     def on_step(record: dict) -> None:  # in the worker thread
         if history:
             history.append(record)
         else:  # with what earlier calls recorded
-            history.extend(
-                json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()
-            )
+            history.extend(read_jsonl(run.path / "metrics.jsonl"))
 
     panel = Panel(config, stop)
     worker = asyncio.ensure_future(
@@ -54,9 +54,8 @@ async def train(config: TrainConfig, run) -> list[dict]:
     try:
         while not worker.done():
             try:
-                await asyncio.wait(
-                    {worker}, timeout=POLL
-                )  # by polls: a single wait would not hear the interrupt
+                # by polls: a single wait would not hear the interrupt
+                await asyncio.wait({worker}, timeout=POLL)
                 panel.show(list(history))
             except (KeyboardInterrupt, asyncio.CancelledError):
                 panel.stop()
@@ -68,8 +67,9 @@ async def train(config: TrainConfig, run) -> list[dict]:
 
 
 def watched() -> bool:
-    """Whether a person may be at the page: a kernel whose frontend takes input (Papermill and
-    nbconvert do not).
+    """Whether a person may be at the page: a kernel whose frontend takes input.
+
+    Those of Papermill and nbconvert do not.
     """
     kernel = getattr(get_ipython(), "kernel", None)
     if kernel is None or os.environ.get("RSPO_LAB_HEADLESS") == "1":
@@ -78,71 +78,82 @@ def watched() -> bool:
 
 
 def png(figure: Figure) -> bytes:
-    """A finished figure as a picture for the page; `savefig` would lay it out and draw it once
-    more, in more than twice the time.
+    """A finished figure as a picture for the page.
+
+    `savefig` would lay it out and draw it once more, in more than twice the time.
     """
     figure.set_layout_engine("none")
     figure.set_dpi(2 * PIXELS)
-    canvas, file = FigureCanvasAgg(figure), io.BytesIO()
-    canvas.draw()
-    imsave(file, canvas.buffer_rgba(), format="png")
+    canvas = FigureCanvasAgg(figure)
+    file = io.BytesIO()
+    with house_style():
+        canvas.draw()
+        imsave(file, canvas.buffer_rgba(), format="png")
     return file.getvalue()
 
 
 class Panel:
-    """Stop button, progress line and figure of one training; every method belongs to the kernel's
-    main thread.
+    """Stop button, progress line and figure of one training.
+
+    Every method belongs to the kernel's main thread.
     """
 
     def __init__(self, config: TrainConfig, stop: threading.Event) -> None:
-        self.config, self.event = config, stop
+        self.config = config
+        self.event = stop
         self.button = ipywidgets.Button(
-            description="Stop", icon="stop", tooltip="End after the step in hand and save it"
+            description="Stop", icon="stop", tooltip="End after the step in progress and save it"
         )
-        self.button.on_click(lambda _: self.stop())
+        self.button.on_click(lambda button: self.stop())
         self.line = ipywidgets.Label("loading the model")
-        self.image = ipywidgets.Image(
-            format="png", layout=ipywidgets.Layout(display="none", max_width="100%")
-        )
-        self.trouble = ""
+        hidden = ipywidgets.Layout(display="none", max_width="100%")
+        self.image = ipywidgets.Image(format="png", layout=hidden)
+        self.trouble = ""  # of the last drawing
         self.first: tuple[float, int] | None = None  # when and where this call began
-        self.shown = self.drawn = -1
-        self.due = 0.0
+        self.shown = -1  # the step that the line shows
+        self.drawn = -1  # the step that the figure shows
+        self.due = 0.0  # when the figure may be drawn again
         self.row = ipywidgets.HBox([self.button, self.line])
         display(ipywidgets.VBox([self.row, self.image]))
 
     def stop(self) -> None:
         """Ask the training to end."""
         self.event.set()
-        self.button.disabled, self.button.description = True, "Stopping"
+        self.button.disabled = True
+        self.button.description = "Stopping"
 
     def show(self, history: list[dict]) -> None:
         """Bring the line up to date, and the figure if it is due."""
         if not history:
             return
-        now, step = time.monotonic(), history[-1]["step"]
+        now = time.monotonic()
+        step = history[-1]["step"]
         self.first = self.first or (now, step)
         if step != self.shown:
-            self.shown, line = step, f"step {step} of {self.config.steps}"
-            if step > self.first[1]:
-                pace = (now - self.first[0]) / (step - self.first[1])
-                line += f", reward {history[-1]['reward']:.2f}, {pace:.2g} s a step, {pace * (self.config.steps - step) / 60:.1f} min left"
-            self.line.value = line + self.trouble
+            self.shown = step
+            self.line.value = self._progress(history[-1], now) + self.trouble
         if step != self.drawn and now >= self.due:
             self.draw(history)
 
+    def _progress(self, record: dict, now: float) -> str:
+        """Step, reward, and from this call's second step on its pace."""
+        step = record["step"]
+        line = f"step {step} of {self.config.steps}"
+        began, first = self.first
+        if step > first:
+            pace = (now - began) / (step - first)
+            left = pace * (self.config.steps - step) / 60
+            line += f", reward {record['reward']:.2f}, {pace:.2g} s per step, {left:.1f} min left"
+        return line
+
     def draw(self, history: list[dict]) -> None:
-        """Redraw the figure; what goes wrong here is said in the line and does not end the
-        training.
-        """
+        """Redraw the figure; what goes wrong is said in the line and does not end the training."""
         began = time.thread_time()
         try:
-            figure = plots.training_figure(history, self.config.lam)
+            figure = training_figure(history)
             self.image.value = png(figure)
-            self.image.layout.width, self.image.layout.display = (
-                f"{PIXELS * figure.get_figwidth():.0f}px",
-                "",
-            )
+            self.image.layout.width = f"{PIXELS * figure.get_figwidth():.0f}px"
+            self.image.layout.display = ""
             self.trouble = ""
         except Exception as error:
             self.trouble = f" (no figure: {type(error).__name__}: {error})"
@@ -154,13 +165,11 @@ class Panel:
         if history:
             self.draw(history)
         step = history[-1]["step"] if history else 0
-        end = (
-            f"stopped after step {step}: run this cell again to go on, then those below"
-            if stopped
-            else f"done: {step} steps"
-        )
-        self.line.value = (
-            f"failed after step {step}: {type(error).__name__}: {error}" if error else end
-        ) + self.trouble
+        end = f"done: {step} steps"
+        if stopped:
+            end = f"stopped after step {step}: run this cell again to go on, then those below"
+        if error:
+            end = f"failed after step {step}: {type(error).__name__}: {error}"
+        self.line.value = end + self.trouble
         self.row.children = [self.line]
         self.button.close()

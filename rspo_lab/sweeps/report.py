@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from rspo_lab.figures import estimator_variance as noise_plots
-from rspo_lab.figures import train as plots
+from rspo_lab.figures.comparison import cost_figure, learning_figure, response_figure
+from rspo_lab.figures.estimator_variance import efficiency_figure
 from rspo_lab.measure.variance_table import efficiency, factors
 from rspo_lab.runs.files import read_json, read_jsonl, replacing
 from rspo_lab.runs.parameters import distinguishing, flat, varying
@@ -31,17 +31,20 @@ from rspo_lab.sweeps.comparison import (
 
 RESULTS = ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
 CAPTIONS = {
-    "training": "Training. Left to right: reward and held-out solve rate; mean of d on policy; "
-    "target, gap and estimate; mask noise; how much λ corrects; gradient norm. "
+    "training": "Training. Left to right: reward and held-out solve rate; mean ELBO log-ratio d on "
+    "policy; target, gap and spread of d; mask noise; how much λ corrects; gradient norm. "
     "Pale: every step; line: running mean of 9.",
-    "pairs": "Estimate against advantage, one point per sequence; the dashed line is the target.",
+    "pairs": "Centred ELBO log-ratio against advantage, one point per completion; "
+    "the dashed line is the target.",
     "variance": "Variance of score, d and RSPO gradient by mask design and cost; "
     "whiskers 95 % Monte-Carlo; dashed: 1/K from count.",
     "profile": "Noise of one view of d by how many tokens it hides.",
     "learning": "Left: greedy held-out solve rate, mean over seeds; bars: 95 % Student over seeds, "
-    "of a single seed Wilson over the problems. Right: mean of d on policy.",
+    "of a single seed Wilson over the problems. Right: mean ELBO log-ratio on policy, running mean "
+    "of 9 steps; band: 95 % Student over seeds.",
     "cost": "Held-out solve rate against steps, scoring forwards per completion (of all "
-    "models; a backward counts as two) and seconds of updates; mean over seeds, 95 % Student.",
+    "models; a backward counts as two) and seconds of updates; mean over seeds; bars as for "
+    "learning.",
     "response": "Final held-out solve rate; bars: 95 % Student over seeds, of a single seed Wilson "
     "over the problems.",
     "efficiency": "How many times lower each variance is than that of `count` at equal cost; "
@@ -50,8 +53,9 @@ CAPTIONS = {
     "gap": "Target against estimate at each saved policy with its regression line; "
     "box: 25-75 %, whiskers 5-95 % of the gap.",
     "exact": "Estimate against exact ELBO ratio (mask noise), and exact ELBO ratio against exact "
-    "log-ratio (bias of the ELBO).",
-    "summary": "ELBO gap, mean log-ratio on policy, and correlations through training.",
+    "random-order log-ratio (bias of the ELBO).",
+    "summary": "ELBO gap, mean exact ELBO ratio and random-order log-ratio on policy, and "
+    "correlations through training.",
 }
 NOTE = """Greedy held-out solve rates in %; n is in <i>seeds</i>, intervals are 95 %.
 <i>mean</i>: over all evaluations but the first. Δ: points above the first variant, paired by seed.
@@ -213,10 +217,10 @@ def _learning(root: Path, entries: Sequence[Entry]) -> list[str]:
     parts.append(_learning_curves(root, variants, problems))
     if len(variants) > 1:
         curves = {name: [evaluation_curve(p) for p in paths] for name, paths in variants.items()}
-        parts.append(_saved(root, "cost", plots.arms_figure(curves), table))
+        parts.append(_saved(root, "cost", cost_figure(curves, problems), table))
     if dependence := response(variants):
         name, rates = dependence
-        parts.append(_saved(root, "response", plots.response_figure(name, rates), rates))
+        parts.append(_saved(root, "response", response_figure(name, rates), rates))
     return parts
 
 
@@ -231,7 +235,7 @@ def _learning_curves(root: Path, variants: dict[str, list[Path]], problems: dict
             frame.assign(variant=name, seed=config["seed"])
             for frame, config in zip(records[name], configs)
         ]
-    figure = plots.learning_figure(records, problems)
+    figure = learning_figure(records, problems)
     return _saved(root, "learning", figure, pd.concat(labelled))
 
 
@@ -252,7 +256,7 @@ def _noise(root: Path, entries: Sequence[Entry]) -> list[str]:
     parts = ["<h2>Noise of the estimates</h2>"]
     shared = {name: _shared_views(gains, name) for name in ("var_d_shared", "var_gradient")}
     if views := {name: most for name, most in shared.items() if most}:
-        figure = noise_plots.efficiency_figure(gains, views)
+        figure = efficiency_figure(gains, views)
         parts.append(_saved(root, "efficiency", figure, gains))
     for baseline in ("count", "t_redraw"):
         if baseline in set(results["design"]) and len(table := factors(results, baseline)):

@@ -1,0 +1,187 @@
+"""Figures: they draw the numbers they are given, and look the same whatever the user's settings."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import pytest
+
+from rspo_lab import objectives
+from rspo_lab.config import TrainConfig
+from rspo_lab.figures.base_model import decoding_figure
+from rspo_lab.figures.comparison import cost_figure, learning_figure, variant_styles
+from rspo_lab.figures.style import design_styles
+from rspo_lab.figures.train import pairs_figure, training_figure
+from rspo_lab.journal import completions_table
+from rspo_lab.masks.designs import DESIGNS
+from rspo_lab.statistics import mean_interval, wilson
+from rspo_lab.training import train
+
+
+class Folder:
+    """A run that is only a folder."""
+
+    stopped = False
+
+    def __init__(self, path):
+        self.path = path
+
+    def progress(self, done, total, note=""):
+        pass
+
+
+def drawn(axis):
+    """All scattered points of an axis, sorted."""
+    return sorted(tuple(p) for collection in axis.collections for p in collection.get_offsets())
+
+
+@pytest.mark.parametrize("lam", [0.1, 0.0])
+def test_pairs_are_the_estimates_that_the_loss_had(tmp_path, monkeypatch, lam):
+    """A run centred per prompt: centring over the batch would draw other points."""
+    terms = []
+    true = objectives.relative_score
+
+    def recorded(*args, **kwargs):
+        terms.append(true(*args, **kwargs))
+        return terms[-1]
+
+    monkeypatch.setattr(objectives, "relative_score", recorded)
+    config = TrainConfig(
+        model="base-sudoku",
+        task="sudoku",
+        scope="group",
+        lam=lam,
+        steps=2,
+        warmup=1,
+        lr=3e-3,
+        prompts=4,
+        group=4,
+        eval_every=2,
+        eval_problems=8,
+        device="cpu",
+    )
+    train(config, Folder(tmp_path))
+    table = completions_table(tmp_path)
+    _, axis = pairs_figure(table).axes
+    estimate = terms[-1].estimate
+    points = sorted(zip(table["advantage"], estimate.tolist()))
+    assert estimate.abs().max() > 0.05
+    assert drawn(axis) == [pytest.approx(point, abs=1e-5) for point in points]
+    batchwise = table["d"] - table["d"].mean()
+    assert (batchwise - table["d_hat"]).abs().max() > 0.01
+    lines = [line.get_label() for line in axis.lines]
+    assert lines == (["target A/λ"] if lam else [])
+
+
+def test_training_figure_has_no_target_at_lam_0_and_needs_no_step():
+    record = {"step": 2, "reward": 0.5, "d_sd": 0.1, "gap_rms": None, "target_rms": None}
+    _, _, gap, *_ = training_figure([record, record | {"step": 3}]).axes
+    assert [line.get_label() for line in gap.lines] == ["d, sd"]
+    assert len(training_figure([{"step": 0, "eval_solve_rate": 0.5}]).axes) == 6
+
+
+def histories(*rates_and_means):
+    return [
+        pd.DataFrame({"step": [0, 1, 2], "eval_solve_rate": rates, "d_mean": means})
+        for rates, means in rates_and_means
+    ]
+
+
+def test_learning_of_several_seeds_is_mean_and_interval():
+    several = histories(([0.1, None, 0.3], [None, 1.0, 2.0]), ([0.2, None, 0.6], [None, 2.0, 5.0]))
+    single = histories(([0.25, None, 0.5], [None, 0.0, 0.5]))
+    figure = learning_figure({"a": several, "b": single}, {"a": 20, "b": 20})
+    left, right = figure.axes
+    expected = {
+        "a": [mean_interval([0.1, 0.2]), mean_interval([0.3, 0.6])],
+        "b": [(0.25, *wilson(5, 20)), (0.5, *wilson(10, 20))],
+    }
+    for container in left.containers:
+        line, _, (bars,) = container.lines
+        intervals = expected[container.get_label()]
+        assert line.get_xydata().tolist() == [[0, intervals[0][0]], [2, intervals[1][0]]]
+        ends = [tuple(segment[:, 1]) for segment in bars.get_segments()]
+        assert ends == [pytest.approx(interval[1:]) for interval in intervals]
+    (band,) = right.collections
+    mean, low, high = zip(mean_interval([1.0, 2.0]), mean_interval([2.0, 5.0]))
+    assert right.lines[0].get_xydata().tolist() == [[1, mean[0]], [2, mean[1]]]
+    ends = band.get_paths()[0].vertices[:, 1]
+    assert (ends.min(), ends.max()) == pytest.approx((min(low), max(high)))
+
+
+def test_learning_without_any_d_is_drawn():
+    nothing = [pd.DataFrame({"step": [0, 1], "eval_solve_rate": [0.1, 0.2]})]
+    assert len(learning_figure({"a": nothing}, {"a": 20}).axes) == 2
+
+
+def test_variants_of_unequal_evaluations_are_drawn_where_they_meet():
+    costs = {"forwards": [0.0, 1.0, 2.0], "seconds": [0.0, 3.0, 4.0]}
+    longer = pd.DataFrame({"step": [0, 2, 4], "rate": [0.1, 0.5, 0.9]} | costs)
+    shorter = longer[:2].assign(rate=[0.1, 0.3])
+    # numpy's mean of these is not `sum`'s, by a last bit
+    many = [shorter.assign(rate=[0.1 + 0.2 / 3, 0.3])] * 14
+    figure = cost_figure({"a": [shorter, longer], "b": many}, {"a": 30, "b": 30})
+    for axis, x in zip(figure.axes, ([0, 2], [0, 1], [0, 3])):
+        line = axis.containers[0].lines[0]
+        assert line.get_xdata().tolist() == x
+        assert line.get_ydata().tolist() == pytest.approx([0.1, 0.4])
+
+
+def test_thirty_variants_look_different():
+    assert len({tuple(style.values()) for style in variant_styles(30)}) == 30
+
+
+def test_no_two_designs_of_a_figure_look_alike():
+    more = [
+        "bsc(0, 0)",
+        "bsc(1, 1)",
+        "cyck(2)",
+        "auto",
+        "auto + two-level + allocated",
+        "count + x",
+    ]
+    names = [*DESIGNS, *more]
+    styles = design_styles(names).values()  # some figures have no lines
+    assert len({(style["color"], style["marker"]) for style in styles}) == len(names)
+
+
+def test_a_design_that_a_user_has_added_has_a_look():
+    assert design_styles(["count", "my_design(2)"])["my_design(2)"]["color"] == "black"
+
+
+def test_a_token_may_be_a_dollar():
+    cells = {"token": ["$", "1", "$"], "step": [0, -1, 1], "confidence": [0.9, 1.0, 0.6]}
+    texts = decoding_figure(pd.DataFrame(cells), "prices").axes[0].texts
+    assert [text.get_text() for text in texts] == ["$", "$", "1", "1", "$"]
+
+
+DRAW = """
+import sys
+from rspo_lab.figures.train import training_figure
+records = [{"step": step, "reward": 0.1 * step, "gradient_norm": 10.0**step} for step in (2, 3)]
+figure = training_figure(records)
+figure.savefig(sys.argv[1] + ".png", dpi=100)
+figure.savefig(sys.argv[1] + ".pdf", metadata={"CreationDate": None})
+"""
+
+
+def test_a_matplotlibrc_changes_nothing(tmp_path):
+    """Not even one that asks for LaTeX, which may not be there."""
+    settings = tmp_path / "settings"
+    settings.mkdir()
+    lines = ["text.usetex: True", "savefig.bbox: tight", "font.size: 20", "axes.facecolor: red"]
+    (settings / "matplotlibrc").write_text("\n".join([*lines, "pdf.fonttype: 3"]))
+    for fonts in Path(matplotlib.get_cachedir()).glob("fontlist-*.json"):
+        shutil.copy(fonts, settings)
+    for name, changed in (("own", {"MPLCONFIGDIR": str(settings)}), ("plain", {})):
+        command = [sys.executable, "-c", DRAW, str(tmp_path / name)]
+        done = subprocess.run(command, env=os.environ | changed, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for kind in ("png", "pdf"):
+        own = (tmp_path / f"own.{kind}").read_bytes()
+        assert own == (tmp_path / f"plain.{kind}").read_bytes()
+    assert b"/Type /Font" in own and b"/Type3" not in own
