@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import Folder
+from throwaway import Folder
 
 from rspo_lab import objectives, tasks
 from rspo_lab.cli import _joined, _parser

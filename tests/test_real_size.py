@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_real_models import LLADA, LLADA_NAMES, tensors_of
-from test_training import Folder
+from throwaway import Folder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rspo_lab.batch import Batch

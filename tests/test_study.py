@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_training import Folder, base, config  # noqa: F401
+from test_training import base, config  # noqa: F401
+from throwaway import Folder
 
 from rspo_lab.cli import main
 from rspo_lab.config import TrainConfig

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import Folder
+from throwaway import Folder
 
 from rspo_lab.config import TrainConfig
 from rspo_lab.distributed import joined
