@@ -106,13 +106,13 @@ def test_cost_of_waves_on_slots(tmp_path):
 def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(
     notebook, tmp_path, capfd
 ):
-    """12 points on 2 slots: the first kernel that gets going is killed, then the sweep itself."""
+    """8 points on 2 slots: the first kernel that gets going is killed, then the sweep itself."""
     words = [
         "sweep",
         str(notebook),
         "--grid",
         "lam=1,2,3,4",
-        "seed=0,1,2",
+        "seed=0,1",
         "-p",
         "pace",
         "0.15",
@@ -141,7 +141,7 @@ def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(
                 killed = going[0]
                 os.kill(int(starts(killed)[0][0]), signal.SIGKILL)
             states = [read_json(file).get("state") for file in root.rglob("status.json")]
-            if killed and states.count("done") >= 3:
+            if killed and states.count("done") >= 2:
                 break
         assert killed and time.monotonic() < deadline
     finally:
@@ -154,26 +154,26 @@ def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(
         for path in root.glob("demo/*")
         if read_json(path / "status.json").get("state") == "done"
     }
-    assert killed not in done and 3 <= len(done) < 12
+    assert killed not in done and 2 <= len(done) < 8
     assert main(words) == 0
     said = capfd.readouterr().out
     assert (
-        f"12 points in {root}: {len(done)} done, {12 - len(done)} to run" in said
-        and said.rstrip().endswith("12 points: 12 done")
+        f"8 points in {root}: {len(done)} done, {8 - len(done)} to run" in said
+        and said.rstrip().endswith("8 points: 8 done")
     )
     points = set(root.glob("demo/*"))
-    assert len(points) == 12 and all(len(starts(path)) == 1 for path in done)
+    assert len(points) == 8 and all(len(starts(path)) == 1 for path in done)
     assert len(starts(killed)) == 2 and int(starts(killed)[1][1]) >= 2  # went on from where it was
     page = (root / "index.html").read_text()
     assert all(path.name in page for path in points)
     results = pd.read_parquet(root / "results.parquet")
     assert (
-        len(results) == 12
+        len(results) == 8
         and sorted(results["lam"].unique()) == [1, 2, 3, 4]
         and set(results["name"]) == {"demo"}
     )
     assert (results["loss"] == 8 * results["lam"]).all()
-    assert main(words) == 0 and "12 done, 0 to run" in capfd.readouterr().out
+    assert main(words) == 0 and "8 done, 0 to run" in capfd.readouterr().out
 
 
 def test_a_failed_point_is_told_first_and_fails_the_sweep(notebook, tmp_path, capsys):
