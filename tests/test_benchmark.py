@@ -125,6 +125,7 @@ def grade_width(correct, n):
     return high - low
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_rows_of_one_that_was_not(tmp_path):
     config = dataclasses.replace(SUDOKU, problems=20, samples=2, temperature=1.0, batch=7)
     benchmark(config, tmp_path / "whole", [])

@@ -78,6 +78,7 @@ def held(rows, advantage, **changes):
     return config, Rollouts([None] * len(rows), completions(rows), advantage, advantage, {})
 
 
+@pytest.mark.slow
 def test_gradient_variance_against_all_masks():
     """One sequence of three tokens: the trace of the gradient's covariance, summed over the 7 masks
     of the count design.
@@ -118,6 +119,7 @@ def exact_gradient(config, policy, reference, rollouts):
     return torch.autograd.grad(-(weight.detach() * d).mean(), policy.logits)[0].flatten()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -231,6 +233,7 @@ def test_the_last_of_many_updates_is_measured_after_the_others():
     assert one["mean_gradient_sq"] != three["mean_gradient_sq"]
 
 
+@pytest.mark.slow
 def test_squared_mean_gradient_and_rollout_noise_are_unbiased_with_few_redraws():
     """Means over many seeds at 1 and 2 views, where a product of a gradient with itself would add
     its noise.

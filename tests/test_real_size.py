@@ -27,6 +27,8 @@ from rspo_lab.sweeps.study import read_study
 from rspo_lab.tasks import gsm8k, sudoku
 from rspo_lab.training import starting_point, train
 
+pytestmark = pytest.mark.heavy
+
 STUDIES = Path(__file__).parent.parent / "notebooks/studies"
 BENCHMARKS = Path(os.environ.get("RSPO_LAB_BENCHMARKS", ""))
 SPECIAL = {  # LLaDA's ids

@@ -103,6 +103,7 @@ def test_cost_of_waves_on_slots(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(
     notebook, tmp_path, capfd
 ):
@@ -176,6 +177,7 @@ def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(
     assert main(words) == 0 and "8 done, 0 to run" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_failed_point_is_told_first_and_fails_the_sweep(notebook, tmp_path, capsys):
     words = ["sweep", str(notebook), "--grid", "lam=1,200", "--cluster", "debug", "--name", "bad"]
     assert main(words) == 1
@@ -185,6 +187,7 @@ def test_a_failed_point_is_told_first_and_fails_the_sweep(notebook, tmp_path, ca
     assert "Not done" in page and page.index("lam is too large") < page.index("What was run")
 
 
+@pytest.mark.slow
 def test_a_point_waits_for_what_it_needs_and_is_left_if_that_fails(notebook, tmp_path):
     base = grid_study(notebook, {}, {"lam": [0.5, 200.0]}, tmp_path).points
     late = [
@@ -205,6 +208,7 @@ def test_a_point_waits_for_what_it_needs_and_is_left_if_that_fails(notebook, tmp
     assert began[1] > (base[0].path / "results.parquet").stat().st_mtime > began[0]
 
 
+@pytest.mark.slow
 def test_a_slot_a_gpu(notebook, tmp_path, monkeypatch):
     """Two points on two "GPUs" see one each; without any, none."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
@@ -219,6 +223,7 @@ def test_a_slot_a_gpu(notebook, tmp_path, monkeypatch):
     ]  # CUDA_VISIBLE_DEVICES is empty: no GPU by accident
 
 
+@pytest.mark.slow
 def test_what_another_process_runs_is_waited_for(notebook, tmp_path):
     study = grid_study(notebook, {}, {"lam": [1.0]}, tmp_path)
     path = study.points[0].path
@@ -528,6 +533,7 @@ def test_progress_fits_a_narrow_terminal(tmp_path, monkeypatch, capsys):
     assert SweepProgress(measured, print).label(measured[1]) == "m trained=y"
 
 
+@pytest.mark.slow
 def test_load_runs_does_not_take_submitit_for_runs(notebook, tmp_path):
     study = grid_study(notebook, {}, {"lam": [1.0]}, tmp_path / "s")
     sweep(study, tmp_path / "s", resources("debug"), say=lambda line: None)

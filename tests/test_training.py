@@ -119,6 +119,7 @@ train(config({base!r}, **AUTO, steps=24, snapshots=1, checkpoint_every=4), Folde
 """
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_is_bitwise(base, tmp_path):
     """Killed twice in mid-training, the run ends in the same bytes as an undisturbed one."""
     script = [
