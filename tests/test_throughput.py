@@ -175,6 +175,7 @@ def test_peak_memory_of_an_update_does_not_grow_with_the_views_and_that_of_the_n
     assert peak["naive", 8] - resident.now > logits > peak["ours", 8] - resident.now
 
 
+@pytest.mark.slow
 def test_rows_agree_and_a_path_without_memory_says_so(monkeypatch):
     monkeypatch.setattr(
         naive, "_memory", lambda: 4 * 3 * 8 * (PROMPT + COMPLETION) * VOCAB - 1
