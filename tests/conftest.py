@@ -111,13 +111,16 @@ def pytest_make_collect_report(collector):
     return no_silent_skip((yield))
 
 
-LONG = (
+LONG = (  # by processor time, all lanes
     "test_notebooks",
+    "test_storage",
     "test_world",
-    "test_real_size",
+    "test_study",
     "test_browser",
-    "test_sweep",
+    "test_real_size",
     "test_training",
+    "test_sweep",
+    "test_gym",
     "test_measurement",
 )
 

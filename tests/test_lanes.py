@@ -1,6 +1,9 @@
-"""The suite itself: what is skipped in continuous integration fails there."""
+"""The suite itself: what is skipped in continuous integration fails there; long files begin first."""
+
+from pathlib import Path
 
 import pytest
+from conftest import LONG
 
 
 @pytest.mark.parametrize(
@@ -18,3 +21,8 @@ def test_a_skip_fails_in_continuous_integration(monkeypatch, request, given, rea
     call = pytest.CallInfo.from_call(lambda: pytest.skip(reason), when="setup")
     report = request.node.ihook.pytest_runtest_makereport(item=request.node, call=call)
     assert report.outcome == outcome and reason in str(report.longrepr)
+
+
+def test_long_files_are_there():
+    """A renamed file would begin last."""
+    assert set(LONG) <= {path.stem for path in Path(__file__).parent.glob("test_*.py")}
