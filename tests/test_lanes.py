@@ -1,4 +1,4 @@
-"""The suite itself: what is skipped in continuous integration fails there; long files begin first."""
+"""The suite itself: in continuous integration a skip is a failure; long files begin first."""
 
 from pathlib import Path
 
