@@ -114,7 +114,7 @@ def pytest_make_collect_report(collector):
 LONG = (  # by processor time, all lanes
     "test_notebooks",
     "test_storage",
-    "test_world",
+    "test_distributed",
     "test_study",
     "test_browser",
     "test_real_size",
