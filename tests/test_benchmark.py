@@ -121,6 +121,7 @@ def test_samples_give_pass_at_k(tmp_path):
     ).read_text() and not again.pass_at
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_rows_of_one_that_was_not(tmp_path):
     config = dataclasses.replace(SUDOKU, problems=20, samples=2, temperature=1.0, batch=7)
     benchmark(config, tmp_path / "whole", [])

@@ -47,9 +47,12 @@ FLAGS = "no-sandbox disable-dev-shm-usage disable-gpu disable-quic no-first-run 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install -e .[test]"
 )
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium"
-)
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -213,6 +213,7 @@ def test_a_methods_own_hyperparameters_are_listed_and_given_by_name(monkeypatch,
     assert "<th>clip</th>" in page and "<th>hyper</th>" not in page
 
 
+@pytest.mark.slow
 def test_run_and_runs(capsys):
     make(Path("notebooks"), "assert lam < 0, 'too large'", "run.finish()")
     assert main(["run", "notebooks/demo.ipynb", "-p", "lam", "-1e-4"]) == 0

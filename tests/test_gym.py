@@ -126,6 +126,7 @@ def test_unknown_and_refused_names(name, message):
         task(f"reasoning_gym:{name}")
 
 
+@pytest.mark.slow
 @INSTALLED
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:unclosed file:ResourceWarning"
@@ -180,6 +181,7 @@ def test_splits_share_no_question(name):
         module.examples("dev", 1, seed=0)
 
 
+@pytest.mark.slow
 @INSTALLED
 def test_problems_are_the_same_in_every_process():
     """Whatever the hash seed and the order; the global generators stay as they were, though the

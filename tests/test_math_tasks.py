@@ -335,6 +335,7 @@ def test_strict_asks_for_one_answer_block():
             assert module.reward(module.solutions(example)[0], example, protocol=protocol) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["the main thread", "another thread"])
 def test_no_answer_hangs(monkeypatch, place):
     """A power that would take for ever ends its process, not this one, and the next answer is
@@ -379,6 +380,7 @@ def test_an_interrupt_leaves_no_reply_for_the_next(monkeypatch):
     assert equality.fault("2", "2.000") is None
 
 
+@pytest.mark.slow
 @BENCHMARKS
 @pytest.mark.parametrize(
     ("name", "protocol", "correct", "total"),
@@ -406,6 +408,7 @@ def test_published_completions(name, protocol, correct, total):
     assert found.low < found.accuracy == correct / total < found.high
 
 
+@pytest.mark.slow
 @BENCHMARKS
 def test_published_problems_are_read_and_solved_by_their_answers():
     folder = Path(os.environ["RSPO_LAB_BENCHMARKS"])

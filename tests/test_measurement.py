@@ -122,6 +122,7 @@ def tables():
     return table_denoiser(3, 2, 0), table_denoiser(3, 2, 1)
 
 
+@pytest.mark.slow
 def test_gradient_variance_against_all_masks(tables):
     """One sequence of three tokens: the trace of the covariance, summed over its 7 masks."""
     from test_estimators import count_support
@@ -153,6 +154,7 @@ def exact_gradient(config, policy, reference, rollouts):
     return torch.autograd.grad(-(terms.weight[0] * d).mean(), policy.logits)[0].flatten()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -234,6 +236,7 @@ def test_the_last_of_many_updates_is_measured_after_the_others(tables):
     assert one.loc["mean_gradient_sq", "value"] != three.loc["mean_gradient_sq", "value"]
 
 
+@pytest.mark.slow
 def test_squared_mean_gradient_and_rollout_noise_are_unbiased_with_few_redraws(tables):
     """Means over many seeds at 1 and 2 views, where a gradient times itself would add its noise."""
     # lam = 0 is linear in the draws, so the mean gradient is the exact one

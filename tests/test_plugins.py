@@ -119,6 +119,7 @@ def test_hyperparameters_are_checked(mine, changes, match):
         config(mine, **changes)
 
 
+@pytest.mark.slow
 def test_training_from_the_command_line_uses_and_keeps_the_file(mine, tmp_path):
     """Method, design, own hyperparameter; the run keeps the file, its policies load again."""
     words = ["train", "--run", str(tmp_path / "run")]

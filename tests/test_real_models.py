@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_training import Folder
+from throwaway import Folder
 from tokenizers import pre_tokenizers
 from torch.nn.functional import linear, silu
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_real_models import LLADA, LLADA_NAMES, tensors_of
-from test_training import Folder
+from throwaway import Folder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rspo_lab.batch import Batch
@@ -26,6 +26,8 @@ from rspo_lab.random_streams import generator
 from rspo_lab.sweeps.study import read_study
 from rspo_lab.tasks import gsm8k, sudoku
 from rspo_lab.training import starting_point, train
+
+pytestmark = pytest.mark.heavy
 
 STUDIES = Path(__file__).parent.parent / "notebooks/studies"
 BENCHMARKS = Path(os.environ.get("RSPO_LAB_BENCHMARKS", ""))

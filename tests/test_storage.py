@@ -69,6 +69,7 @@ def may_mount() -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not may_mount(), reason="no unprivileged mounts here, so no small disk to fill")
 def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
     """Training says so; with room it goes on from its checkpoint to the undisturbed records."""
@@ -99,6 +100,7 @@ def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
     assert metrics[0] == metrics[1] and metrics[0].count("\n") == 7
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not may_mount(), reason="no unprivileged mounts here, so no small disk to fill")
 def test_a_notebook_on_a_full_disk_is_one_error_and_runs_when_there_is_room(tmp_path):
     for name in ("disk", "notebooks"):
@@ -135,6 +137,7 @@ def test_a_notebook_on_a_full_disk_is_one_error_and_runs_when_there_is_room(tmp_
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -169,6 +172,7 @@ with ThreadPoolExecutor(100) as pool:
 """
 
 
+@pytest.mark.heavy
 def test_a_hundred_notebooks_start_at_once(tmp_path):
     (tmp_path / "notebooks").mkdir()
     notebook = make(tmp_path / "notebooks", "run.finish()")

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_training import Folder, base, config  # noqa: F401
+from test_training import base, config  # noqa: F401
+from throwaway import Folder
 
 from rspo_lab.cli import main
 from rspo_lab.config import TrainConfig
@@ -70,6 +71,7 @@ def finished(tmp_path_factory):
     return runs / "small", study.read_study(runs / "small.yaml", runs / "small").points
 
 
+@pytest.mark.slow
 def test_a_study_file_ends_in_one_page_and_one_table(finished):
     root, points = finished
     page = Page(root / "index.html")
@@ -108,6 +110,7 @@ def test_a_study_file_ends_in_one_page_and_one_table(finished):
     )
 
 
+@pytest.mark.slow
 def test_evaluation_curves_add_up_what_was_spent(finished):
     path = finished[1][0].path
     curve, records = comparison.evaluation_curve(path), read_jsonl(path / "metrics.jsonl")
@@ -328,6 +331,7 @@ def test_keys_do_not_depend_on_where_the_project_lies(tmp_path, monkeypatch):
     assert keys[0] == keys[1] and len(keys[0]) == 4
 
 
+@pytest.mark.slow
 def test_one_measurement_of_two_policies_is_two(finished, tmp_path):
     """They differ only in the folder that they measured, and are in two sweeps of one root."""
     late = finished[1][-1].path
@@ -341,6 +345,7 @@ def test_one_measurement_of_two_policies_is_two(finished, tmp_path):
     assert set(policies) == {"s/m, trained = x", "s/m, trained = y", "r/m"}
 
 
+@pytest.mark.slow
 def test_a_page_without_common_views_or_with_seeds_of_a_measurement(finished, tmp_path):
     """Two seeds of one measurement and one at other views: the tables, without that figure."""
     late = finished[1][-1].path
@@ -383,6 +388,7 @@ def test_a_bad_study_file_is_refused_before_anything_runs(change, said, tmp_path
     assert said in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_second_call_skips_and_says_so(finished, capsys):
     root, points = finished
     assert (
@@ -403,6 +409,7 @@ def test_second_call_skips_and_says_so(finished, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_report_tells_of_a_sweep_that_is_under_way(finished, tmp_path):
     """One point is done, one died, one has not begun: all are listed, with what differs."""
     done = finished[1][0].path

@@ -103,16 +103,17 @@ def test_cost_of_waves_on_slots(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(
     notebook, tmp_path, capfd
 ):
-    """12 points on 2 slots: the first kernel that gets going is killed, then the sweep itself."""
+    """8 points on 2 slots: the first kernel that gets going is killed, then the sweep itself."""
     words = [
         "sweep",
         str(notebook),
         "--grid",
         "lam=1,2,3,4",
-        "seed=0,1,2",
+        "seed=0,1",
         "-p",
         "pace",
         "0.15",
@@ -141,7 +142,7 @@ def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(
                 killed = going[0]
                 os.kill(int(starts(killed)[0][0]), signal.SIGKILL)
             states = [read_json(file).get("state") for file in root.rglob("status.json")]
-            if killed and states.count("done") >= 3:
+            if killed and states.count("done") >= 2:
                 break
         assert killed and time.monotonic() < deadline
     finally:
@@ -154,28 +155,29 @@ def test_a_killed_sweep_and_a_killed_kernel_leave_only_their_points_to_finish(
         for path in root.glob("demo/*")
         if read_json(path / "status.json").get("state") == "done"
     }
-    assert killed not in done and 3 <= len(done) < 12
+    assert killed not in done and 2 <= len(done) < 8
     assert main(words) == 0
     said = capfd.readouterr().out
     assert (
-        f"12 points in {root}: {len(done)} done, {12 - len(done)} to run" in said
-        and said.rstrip().endswith("12 points: 12 done")
+        f"8 points in {root}: {len(done)} done, {8 - len(done)} to run" in said
+        and said.rstrip().endswith("8 points: 8 done")
     )
     points = set(root.glob("demo/*"))
-    assert len(points) == 12 and all(len(starts(path)) == 1 for path in done)
+    assert len(points) == 8 and all(len(starts(path)) == 1 for path in done)
     assert len(starts(killed)) == 2 and int(starts(killed)[1][1]) >= 2  # went on from where it was
     page = (root / "index.html").read_text()
     assert all(path.name in page for path in points)
     results = pd.read_parquet(root / "results.parquet")
     assert (
-        len(results) == 12
+        len(results) == 8
         and sorted(results["lam"].unique()) == [1, 2, 3, 4]
         and set(results["name"]) == {"demo"}
     )
     assert (results["loss"] == 8 * results["lam"]).all()
-    assert main(words) == 0 and "12 done, 0 to run" in capfd.readouterr().out
+    assert main(words) == 0 and "8 done, 0 to run" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_failed_point_is_told_first_and_fails_the_sweep(notebook, tmp_path, capsys):
     words = ["sweep", str(notebook), "--grid", "lam=1,200", "--cluster", "debug", "--name", "bad"]
     assert main(words) == 1
@@ -185,6 +187,7 @@ def test_a_failed_point_is_told_first_and_fails_the_sweep(notebook, tmp_path, ca
     assert "Not done" in page and page.index("lam is too large") < page.index("What was run")
 
 
+@pytest.mark.slow
 def test_a_point_waits_for_what_it_needs_and_is_left_if_that_fails(notebook, tmp_path):
     base = grid_study(notebook, {}, {"lam": [0.5, 200.0]}, tmp_path).points
     late = [
@@ -205,6 +208,7 @@ def test_a_point_waits_for_what_it_needs_and_is_left_if_that_fails(notebook, tmp
     assert began[1] > (base[0].path / "results.parquet").stat().st_mtime > began[0]
 
 
+@pytest.mark.slow
 def test_a_slot_a_gpu(notebook, tmp_path, monkeypatch):
     """Two points on two "GPUs" see one each; without any, none."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
@@ -219,6 +223,7 @@ def test_a_slot_a_gpu(notebook, tmp_path, monkeypatch):
     ]  # CUDA_VISIBLE_DEVICES is empty: no GPU by accident
 
 
+@pytest.mark.slow
 def test_what_another_process_runs_is_waited_for(notebook, tmp_path):
     study = grid_study(notebook, {}, {"lam": [1.0]}, tmp_path)
     path = study.points[0].path
@@ -528,6 +533,7 @@ def test_progress_fits_a_narrow_terminal(tmp_path, monkeypatch, capsys):
     assert SweepProgress(measured, print).label(measured[1]) == "m trained=y"
 
 
+@pytest.mark.slow
 def test_load_runs_does_not_take_submitit_for_runs(notebook, tmp_path):
     study = grid_study(notebook, {}, {"lam": [1.0]}, tmp_path / "s")
     sweep(study, tmp_path / "s", resources("debug"), say=lambda line: None)

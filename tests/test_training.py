@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from throwaway import Folder
 
 from rspo_lab import config as config_module
 from rspo_lab import policies, rollouts, training, two_level, update, views
@@ -28,23 +30,37 @@ from rspo_lab.training import Preempted, train
 from rspo_lab.update import Diverged
 
 
-class Folder:
-    """What training asks of a run."""
-
-    def __init__(self, path):
-        self.path, self.stopped, self.seen = Path(path), False, []
-        self.path.mkdir(parents=True, exist_ok=True)
-
-    def progress(self, done, total, note=""):
-        self.seen.append(done)
-
-
 @pytest.fixture(scope="module")
 def base():
     """A model that solves some problems, so that there are advantages, gradients and weights that
     move.
     """
     return "base-sudoku"
+
+
+@pytest.fixture(autouse=True)
+def few_problems(monkeypatch):
+    """A pool of 64 problems instead of 4096, which take half the time of a short run to make."""
+    monkeypatch.setattr(sudoku, "TRAIN_PROBLEMS", 64)
+
+
+@pytest.fixture
+def whole(base, tmp_path, shared_whole):
+    """A copy of an undisturbed run of `config(base)`: its folder."""
+    return shutil.copytree(shared_whole, tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def shared_whole(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sudoku, "TRAIN_PROBLEMS", 64)
+        train(config(base), Folder(folder))
+    return folder
+
+
+def recorded(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def config(base, **changes):
@@ -63,13 +79,11 @@ def config(base, **changes):
     return TrainConfig(**small | {"checkpoint_every": 1, "snapshots": 2, "device": "cpu"} | changes)
 
 
-def test_same_seed_same_bits_and_other_slices_nearly(base, tmp_path):
-    first = train(config(base), Folder(tmp_path / "a"))
+def test_same_seed_same_bits_and_other_slices_nearly(base, whole, tmp_path):
+    first = recorded(whole)
     again = train(config(base), Folder(tmp_path / "b"))
-    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (
-        tmp_path / "b/metrics.jsonl"
-    ).read_bytes()
-    assert weights(tmp_path / "a") == weights(tmp_path / "b") and first == again
+    assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+    assert weights(whole) == weights(tmp_path / "b") and first == again
     sliced = train(config(base, slice_size=3), Folder(tmp_path / "c"))
     for step in (1, 2):
         assert sliced[step]["gradient_norm"] == pytest.approx(
@@ -98,12 +112,14 @@ AUTO = {
 KILLED = """
 import sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
-from test_training import AUTO, Folder, config
+from test_training import AUTO, Folder, config, sudoku
 from rspo_lab.training import train
-train(config({base!r}, **AUTO, steps=40, snapshots=1, checkpoint_every=4), Folder({folder!r}))
+sudoku.TRAIN_PROBLEMS = 64
+train(config({base!r}, **AUTO, steps=24, snapshots=1, checkpoint_every=4), Folder({folder!r}))
 """
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_is_bitwise(base, tmp_path):
     """Killed twice in mid-training, the run ends in the same bytes as an undisturbed one."""
     script = [
@@ -112,7 +128,7 @@ def test_sigkill_and_resume_is_bitwise(base, tmp_path):
         KILLED.format(tests=str(Path(__file__).parent), base=base, folder=str(tmp_path / "killed")),
     ]
     metrics = tmp_path / "killed/metrics.jsonl"
-    for steps in (6, 17):
+    for steps in (5, 13):
         process = subprocess.Popen(script, stderr=subprocess.DEVNULL)
         limit = time.monotonic() + 60
         while time.monotonic() < limit and process.poll() is None:
@@ -123,34 +139,29 @@ def test_sigkill_and_resume_is_bitwise(base, tmp_path):
         assert process.wait() == -signal.SIGKILL
     with metrics.open("a") as file:
         file.write('{"step": 99, "half a li')  # what a kill in the middle of a write leaves
-    undisturbed = config(base, **AUTO, steps=40, snapshots=1, checkpoint_every=4)
+    undisturbed = config(base, **AUTO, steps=24, snapshots=1, checkpoint_every=4)
     resumed = Folder(tmp_path / "killed")
     train(undisturbed, resumed)
-    assert 1 < resumed.seen[0] <= 40
+    assert 12 < resumed.seen[0] <= 24
     train(undisturbed, Folder(tmp_path / "whole"))
     for name in (
         "metrics.jsonl",
         "sequences.jsonl",
         "profile.jsonl",
-        "snapshots/000040/model.safetensors",
+        "snapshots/000024/model.safetensors",
     ):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    moved = [
-        r
-        for r in map(json.loads, (tmp_path / "whole/metrics.jsonl").read_text().splitlines())
-        if r.get("gradient_norm")
-    ]
-    assert len(moved) > 20  # a run that learned nothing would prove nothing
+    moved = [r for r in recorded(tmp_path / "whole") if r.get("gradient_norm")]
+    assert len(moved) > 12  # a run that learned nothing would prove nothing
 
 
-def test_stop_leaves_a_resumable_run(base, tmp_path):
+def test_stop_leaves_a_resumable_run(base, whole, tmp_path):
     run = Folder(tmp_path / "stopped")
     train(config(base), run, should_stop=lambda: len(run.seen) >= 2)
     assert run.stopped and run.seen[-1] < 4
     again = Folder(tmp_path / "stopped")
     train(config(base), again)
-    train(config(base), Folder(tmp_path / "whole"))
-    assert not again.stopped and weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+    assert not again.stopped and weights(tmp_path / "stopped") == weights(whole)
 
 
 def test_signal_saves_and_says_so(base, tmp_path):
@@ -167,11 +178,10 @@ def test_signal_saves_and_says_so(base, tmp_path):
     ] == [0, 1, 2, 3, 4]
 
 
-def test_another_config_is_refused(base, tmp_path):
-    train(config(base), Folder(tmp_path / "run"))
+def test_another_config_is_refused(base, whole):
     with pytest.raises(ValueError, match="another lam: use another run folder"):
-        train(config(base, lam=0.5), Folder(tmp_path / "run"))
-    assert trained_run(tmp_path / "run").config == config(base)
+        train(config(base, lam=0.5), Folder(whole))
+    assert trained_run(whole).config == config(base)
 
 
 def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_path, monkeypatch):

@@ -110,6 +110,7 @@ def test_gradients_are_those_of_the_written_out_formula():
             assert torch.allclose(ours, theirs, atol=1e-10, rtol=0)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_views_for_a_token_level_loss():
     """16 views peak within 10 % of 4 in slices of 8; in one graph at more than twice."""
     model = tiny("0123456789", seed=0, layers=2, width=64)

@@ -1,4 +1,4 @@
-"""Throw-away notebooks for tests."""
+"""Throw-away notebooks and run folders for tests."""
 
 from pathlib import Path
 
@@ -7,6 +7,17 @@ import nbformat
 PARAMETERS = """steps: int = 3  # how many; GPU: 2000
 lam: float = 0.1
 data: str | None = None"""
+
+
+class Folder:
+    """What training asks of a run."""
+
+    def __init__(self, path):
+        self.path, self.stopped, self.seen = Path(path), False, []
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def progress(self, done, total, note=""):
+        self.seen.append(done)
 
 
 def make(folder: Path, *cells: str, parameters: str = PARAMETERS, name: str = "demo.ipynb") -> Path:

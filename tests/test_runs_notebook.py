@@ -142,6 +142,7 @@ def test_a_run_that_ends_well_is_done_once(folder, monkeypatch):
     assert not list(sockets.iterdir())
 
 
+@pytest.mark.slow
 def test_a_damaged_status_is_not_done_and_the_run_goes_again(folder):
     notebook = make(folder, "run.stopped = steps == 4", "run.finish()")
     params = complete(declared(notebook), {})
@@ -157,6 +158,7 @@ def test_a_damaged_status_is_not_done_and_the_run_goes_again(folder):
     assert (stopped.state, stopped.code) == ("stopped", 130)
 
 
+@pytest.mark.slow
 def test_a_cell_error_is_one_line(folder):
     outcome = execute(make(folder, "raise KeyError('a\\nb')", "run.finish()"))
     assert (outcome.state, outcome.code) == ("failed", 1)
@@ -164,6 +166,7 @@ def test_a_cell_error_is_one_line(folder):
     assert status(outcome)["error"] == {"kind": "cell", "message": "KeyError: 'a\\nb'"}
 
 
+@pytest.mark.slow
 def test_an_exit_before_the_end_is_not_success(folder):
     outcome = execute(make(folder, "import sys; sys.exit(0)", "run.finish()"))
     assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == (
@@ -173,11 +176,13 @@ def test_an_exit_before_the_end_is_not_success(folder):
     )
 
 
+@pytest.mark.slow
 def test_an_error_after_finish_is_not_success(folder):
     outcome = execute(make(folder, "run.finish()", "1/0"))
     assert (outcome.code, status(outcome)["state"]) == (1, "failed")
 
 
+@pytest.mark.slow
 def test_a_killed_kernel_is_seen_and_a_second_try_completes(folder):
     die_once = """import os, pathlib
 if not pathlib.Path('marker').exists():
@@ -194,9 +199,10 @@ if not pathlib.Path('marker').exists():
     assert "error" not in status(again)
 
 
+@pytest.mark.slow
 def test_a_timeout_is_for_the_whole_run_and_ends_the_kernel(folder):
     outcome = execute(
-        make(folder, "import time", *["time.sleep(2)"] * 60, "run.finish()"), timeout=10
+        make(folder, "import time", *["time.sleep(0.5)"] * 200, "run.finish()"), timeout=4
     )
     assert (outcome.state, outcome.code, status(outcome)["error"]["kind"]) == (
         "failed",
@@ -206,6 +212,7 @@ def test_a_timeout_is_for_the_whole_run_and_ends_the_kernel(folder):
     assert gone(status(outcome)["pid"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_ends_the_kernel_and_is_recorded(folder, number, code):
     notebook = make(folder, "import time; time.sleep(60)", "run.finish()")
@@ -233,6 +240,7 @@ def test_an_interrupt_ends_the_kernel_and_is_recorded(folder, number, code):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_start_is_tried_once_more(folder, monkeypatch):
     tries = folder / "tries"
     tries.touch()
@@ -254,6 +262,7 @@ if os.path.getsize({0!r}) < {1}:
     assert (execute(notebook).code, tries.read_text()) == (0, "xxx")
 
 
+@pytest.mark.slow
 def test_the_users_kernels_and_startup_files_are_not_used(folder, monkeypatch):
     spec = folder / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)
@@ -274,6 +283,7 @@ def test_the_users_kernels_and_startup_files_are_not_used(folder, monkeypatch):
     assert execute(notebook).code == 0
 
 
+@pytest.mark.slow
 def test_a_notebook_that_names_another_is_refused(folder):
     notebook = make(folder, "run.finish()").rename(folder / "copy.ipynb")
     outcome = execute(notebook)
@@ -284,6 +294,7 @@ def test_a_notebook_that_names_another_is_refused(folder):
     )
 
 
+@pytest.mark.slow
 def test_bare_papermill_is_as_strict_and_shares_the_key(folder):
     notebook = make(folder, "run.finish()")
 

@@ -13,6 +13,7 @@ from rspo_lab.tasks import countdown, sudoku
 DATA = Path(__file__).parent.parent / "data"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, task, low, high",
     [("base-sudoku", sudoku, 0.40, 0.75), ("base-countdown", countdown, 0.15, 0.30)],
@@ -24,6 +25,7 @@ def test_embedded_models_solve_the_stated_share(name, task, low, high):
     assert sum(p.stat().st_size for p in (DATA / name).iterdir()) < 2e6
 
 
+@pytest.mark.slow
 def test_pretraining_learns_and_repeats():
     runs = []
     for _ in range(2):

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import Folder
+from throwaway import Folder
 
 from rspo_lab.config import TrainConfig
 from rspo_lab.distributed import joined
@@ -110,6 +110,7 @@ def assert_same_run(folder, alone):
 LORA = {"lora": "all-linear", "inner_steps": 2, "old_views": 3, "cache": "dual", "block": 4}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("way, changes", [("DDP", {}), ("FSDP2", LORA)])
 def test_two_processes_train_as_one_does(way, changes, tmp_path):
     """Losses, rollouts, evaluations and saved weights; the moved weights make later steps agree
@@ -127,6 +128,7 @@ def test_two_processes_train_as_one_does(way, changes, tmp_path):
     assert min(r["gradient_norm"] for r in records(tmp_path / "alone")[1:]) > 1e-2
 
 
+@pytest.mark.heavy
 def test_a_run_of_two_of_which_one_is_preempted_goes_on_in_one(tmp_path):
     """SIGTERM to the second process alone: both end after one step, and its checkpoint is whole
     weights.
@@ -154,6 +156,7 @@ def test_a_run_of_two_of_which_one_is_preempted_goes_on_in_one(tmp_path):
     assert_same_run(folder, tmp_path / "alone")
 
 
+@pytest.mark.heavy
 def test_a_run_of_one_goes_on_in_two_with_sharded_weights(tmp_path):
     """All weights are trained; they and the optimizer's moments are parted as they are read."""
     seen = []
@@ -193,6 +196,7 @@ with joined("cpu") as world:
 """
 
 
+@pytest.mark.heavy
 def test_primitives_in_three_processes(tmp_path):
     """Rows that do not come out even, fewer than processes too; by torchrun.  The first process
     alone writes.
