@@ -27,7 +27,7 @@ def mean_interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def rate_interval(rates: list[float], problems: int) -> tuple[float, float, float]:
-    """(mean, low, high) of a solve rate in [0, 1] that every seed measured on so many problems; 95 %.
+    """(mean, low, high), 95 %, of a solve rate in [0, 1] that each seed measured on `problems`.
 
     Student's over several seeds; of a single one Wilson's over its problems.
     """

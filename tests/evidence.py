@@ -7,7 +7,7 @@ from rspo_lab.objectives import Evidence
 
 
 def evidence_of_draws(draws, advantage, *, reference=None, old=None, group=None, **more):
-    """Evidence whose views hide one token each: a token's log-prob is the draw (R, B) of the ELBO."""
+    """Evidence whose views hide one token each, whose log-prob is the draw (R, B) of the ELBO."""
     replicates, rows = draws.shape
     hidden = torch.ones(replicates, rows, 1, dtype=torch.bool)
     weight = torch.ones(replicates, rows, dtype=torch.float64)

@@ -42,7 +42,15 @@ TINY = {
     },
     "explore.ipynb": {"prompts": 2, "group": 4, "redraws": 50, "train_steps": 2},
 }
-FLAGS = "no-sandbox disable-dev-shm-usage disable-gpu disable-quic no-first-run disable-background-networking disable-sync".split()
+FLAGS = [
+    "no-sandbox",
+    "disable-dev-shm-usage",
+    "disable-gpu",
+    "disable-quic",
+    "no-first-run",
+    "disable-background-networking",
+    "disable-sync",
+]
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install -e .[test]"
@@ -91,7 +99,8 @@ def lab(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = f"--no-browser --allow-root --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 --IdentityProvider.token=t".split()
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    options += ["--ServerApp.port_retries=0", "--IdentityProvider.token=t"]
     with (home / "lab.log").open("wb") as log:
         server = subprocess.Popen(
             [
@@ -333,10 +342,12 @@ def test_a_report_is_read_from_disk_on_screen_and_on_paper(chromium, tmp_path):
         page.locator("h2").first.inner_text() == "Not done"
         and page.locator("h2").nth(1).inner_text() == "What was run"
     )
-    shown = "images => images.filter(i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width > 300).length"
+    seen = "i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width > 300"
+    shown = f"images => images.filter(i => {seen}).length"
     count = page.locator("img").count()
     assert count >= 2 and page.locator("img").evaluate_all(shown) == count
-    cut = "(all, width) => all.filter(e => e.getBoundingClientRect().right > width + 1).map(e => e.tagName + e.innerText)"
+    beyond = "e.getBoundingClientRect().right > width + 1"
+    cut = f"(all, width) => all.filter(e => {beyond}).map(e => e.tagName + e.innerText)"
     assert page.locator("p, td, th, img, figcaption").evaluate_all(cut, 1280) == []
     assert page.locator(".wide").evaluate_all(
         "all => all.every(e => e.scrollWidth <= e.clientWidth)"

@@ -41,15 +41,17 @@ SPECIAL = {  # LLaDA's ids
 }
 SIZE = 126464  # rows of LLaDA's embedding
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
 NAMES = ["Ann", "Ben", "Cid", "Dot", "Eve", "Fay", "Gus", "Hal"]
 
 
 @pytest.fixture(scope="module")
 def llada(tmp_path_factory):
-    """The folder of a freshly initialised model with 126,349 tokens; most of them are only there."""
+    """The folder of a freshly initialised model with 126,349 tokens; most are only there."""
     folder = tmp_path_factory.mktemp("llada")
     text = (
         gsm8k.D1_PROMPT
