@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -69,7 +69,7 @@ class TrainConfig:
     # objective
     objective: str = "rspo"  # a method of objectives.METHODS
     lam: float = 0.1  # lambda, per nat of the score; 0 is the raw advantage
-    scope: str = "batch"  # rows that share a centre of d: batch, group, none
+    scope: Literal["batch", "group", "none"] = "batch"  # the rows that share a centre of d
     residual: str = "shared"  # or leave_one_out
     score_unit: str = "sequence"  # summed nats; or token: mean per valid token
     advantage: str = ""  # standardized, mean_centred, leave_one_out, softmax; "" is the method's

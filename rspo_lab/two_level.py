@@ -74,14 +74,14 @@ def _shares(
     """Views per distinct completion by |weight x score|, weights of equal ones summed."""
     which = rollouts.which
     score, ratio = (
-        in_unit(value[None], rollouts.distinct.valid, config.score_unit)[0]  # pyright: ignore[reportArgumentType]
+        in_unit(value[None], rollouts.distinct.valid, config.score_unit)[0]
         for value in (score, ratio)
     )
     weight = relative_score(
         ratio[which][None],
         rollouts.advantage.to(ratio),
         lam=config.lam,
-        scope=config.scope,  # pyright: ignore[reportArgumentType]
+        scope=config.scope,
         group=rollouts.group.to(which.device),
     ).weight[0]
     total = torch.zeros_like(ratio).index_add(0, which, weight)

@@ -153,9 +153,9 @@ def _with_gap(
     config: TrainConfig, record: dict, seen: Evidence
 ) -> tuple[dict, Float[Tensor, " B"]]:
     """The record with the estimate against its target, and d per completion."""
-    d = log_ratio(seen, config.score_unit)  # pyright: ignore[reportArgumentType]
+    d = log_ratio(seen, config.score_unit)
     lam = config.hyperparameters.get("lam", 0.0)
-    record |= gap_summary(d, seen.advantage, lam, config.scope, seen.group)  # pyright: ignore[reportArgumentType]
+    record |= gap_summary(d, seen.advantage, lam, config.scope, seen.group)
     if config.old_views:  # replicates share the noise of the many views: their spread is not all
         record |= {"mask_sd": None, "reliability": None}
     return record, d.mean(0)

@@ -109,7 +109,7 @@ class Panel:
         hidden = ipywidgets.Layout(display="none", max_width="100%")
         self.image = ipywidgets.Image(format="png", layout=hidden)
         self.trouble = ""  # of the last drawing
-        self.first: tuple[float, int] | None = None  # when and where this call began
+        self.first = (0.0, -1)  # when and at which step this call began; -1: not yet
         self.shown = -1  # the step that the line shows
         self.drawn = -1  # the step that the figure shows
         self.due = 0.0  # when the figure may be drawn again
@@ -128,7 +128,8 @@ class Panel:
             return
         now = time.monotonic()
         step = history[-1]["step"]
-        self.first = self.first or (now, step)
+        if self.first[1] < 0:
+            self.first = (now, step)
         if step != self.shown:
             self.shown = step
             self.line.value = self._progress(history[-1], now) + self.trouble

@@ -13,7 +13,7 @@ import pandas as pd
 from rspo_lab.random_streams import generator
 from rspo_lab.runs.files import read_json, read_jsonl
 from rspo_lab.runs.parameters import flat, varying
-from rspo_lab.statistics import mean_interval, stratified_bootstrap, wilson
+from rspo_lab.statistics import mean_interval, rate_interval, stratified_bootstrap
 
 FORWARDS = "forwards per completion"
 OVER_FIRST = "over the first, points"
@@ -129,13 +129,14 @@ def _rates(name: str, runs: SeedCurves) -> dict[str, str | int]:
         "each seed": " ".join(f"{rate:.1f}" for rate in final),
         "before, %": f"{sum(before) / len(before):.1f}",
     }
+    rate = interval(*_percent(final, runs.problems))
     if len(final) > 1:
         drawn = stratified_bootstrap([final], generator=generator(0, name, runs.task))
-        row["final, %"] = interval(*mean_interval(final))
+        row["final, %"] = rate
         row["final, bootstrap"] = bounds(*drawn[1:])
         row["mean over evaluations, %"] = interval(*mean_interval(mean))
     else:
-        row["final, %"] = f"{interval(*_wilson(final[0], runs.problems))} (Wilson)"
+        row["final, %"] = f"{rate} (Wilson)"
         row["mean over evaluations, %"] = f"{mean[0]:.1f}"
     return row
 
@@ -186,10 +187,7 @@ def response(variants: dict[str, list[Path]]) -> tuple[str, pd.DataFrame] | None
     rows = []
     for value, config, paths in zip(values, configs, variants.values()):
         finals = [100 * evaluation_curve(path)["rate"].iloc[-1] for path in paths]
-        if len(finals) > 1:
-            rate = mean_interval(finals)
-        else:
-            rate = _wilson(finals[0], config["eval_problems"])
+        rate = _percent(finals, config["eval_problems"])
         rows.append((value, *rate, len(finals)))
     frame = pd.DataFrame(rows, columns=["value", "rate", "low", "high", "seeds"])
     return names[0], frame.sort_values("value")
@@ -205,7 +203,7 @@ def bounds(low: float, high: float, sign: str = "") -> str:
     return f"[{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def _wilson(rate: float, problems: int) -> tuple[float, float, float]:
-    """(rate, low, high) in % of one run's rate over its problems."""
-    low, high = wilson(round(rate * problems / 100), problems)
-    return rate, 100 * low, 100 * high
+def _percent(finals: Sequence[float], problems: int) -> tuple[float, float, float]:
+    """(mean, low, high) of final rates, all in %, as `rate_interval` has them."""
+    mean, low, high = rate_interval([rate / 100 for rate in finals], problems)
+    return 100 * mean, 100 * low, 100 * high
