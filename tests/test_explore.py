@@ -383,6 +383,7 @@ def test_nobody_watching_gets_the_selection_and_no_widgets(session, monkeypatch)
     assert explorer.show(session, selection).selection == selection
 
 
+@pytest.mark.slow
 def test_widgets_move_the_selection_and_draw_it(session, measured, monkeypatch):
     calls, boxes = [], []
     fake_measuring(monkeypatch, measured, calls)

@@ -169,6 +169,7 @@ figure.savefig(sys.argv[1] + ".pdf", metadata={"CreationDate": None})
 """
 
 
+@pytest.mark.slow
 def test_a_matplotlibrc_changes_nothing(tmp_path):
     """Not even one that asks for LaTeX, which may not be there."""
     settings = tmp_path / "settings"

@@ -534,6 +534,7 @@ def test_through_training_places_all_models_as_the_run_did(trained, monkeypatch)
     assert all(given == placed and dtype == torch.bfloat16 for _, given, dtype in calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["batch", "group", "none"])
 def test_through_training_centres_with_the_runs_own_scope(trained, scope):
     """Columns by hand of a policy that differs, and only the steps that are asked for."""

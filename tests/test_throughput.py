@@ -142,6 +142,7 @@ def test_naive_sampler_writes_text_and_repeats_itself():
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_the_views_on_the_naive_path_only():
     model, batch = small()
     works = named(model, batch)
@@ -173,6 +174,7 @@ def measured():
     return rows, told
 
 
+@pytest.mark.slow
 def test_a_path_without_memory_says_so(measured):
     rows, told = measured
     assert told == [(n, 10) for n in range(1, 11)]
