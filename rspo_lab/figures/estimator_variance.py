@@ -4,6 +4,7 @@ Frames in, a Figure out; no files.  Nats, nats²; whiskers are 95 % Monte-Carlo.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -131,11 +132,12 @@ def _draw_ratios(
         places = [policies.index(p) + _offset(i, len(designs), 0.8) for p in rows["policy"]]
         ratio = rows["ratio"]
         spread = np.exp(rows["half"] / ratio)
+        look: dict[str, Any] = styles[design] | {"linestyle": ""}
         axis.errorbar(
             ratio,
             places,
             xerr=[ratio - ratio / spread, ratio * spread - ratio],
-            **styles[design] | {"linestyle": ""},
+            **look,
             label=design,
             capsize=1,
             elinewidth=0.6,

@@ -4,6 +4,7 @@ Frames in; a Figure or a piece of HTML out; no files, no widgets.  Nats, nats².
 """
 
 from html import escape
+from typing import Any
 
 import pandas as pd
 import torch
@@ -79,8 +80,8 @@ def _draw_variance(axis: Axes, curve: pd.DataFrame, selection) -> None:
         place = {"transform": axis.transAxes, "ha": "center", "fontsize": 7}
         axis.text(0.5, 0.5, "none: this is the reference", **place)
         return
-    style = {"color": OKABE_ITO["blue"], "linestyle": "--", "label": "count, exact"}
-    axis.plot(exact["cost"], exact["value"], **style)
+    style: dict[str, Any] = {"color": OKABE_ITO["blue"], "linestyle": "--"}
+    axis.plot(exact["cost"], exact["value"], label="count, exact", **style)
     drawn = curve[(curve["design"] == selection.design) & (curve["value"] > 0)]
     style = design_styles([selection.design])[selection.design] | {"label": selection.design}
     axis.errorbar(drawn["cost"], drawn["value"], 1.96 * drawn["stderr"], **style, capsize=1.5)
