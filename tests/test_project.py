@@ -27,7 +27,7 @@ LOCK = newest.locked()
 ROOMS = """
 runs tasks
 batch random_streams statistics distributed masks estimators oracle
-advantages objectives diagnostics design_choice sampler
+advantages objectives diagnostics design_choice schedule sampler
 models decoding plugins config policies rollouts views two_level update
 checkpoints journal pretraining training
 measure figures benchmarks interactive sweeps

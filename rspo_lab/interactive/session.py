@@ -7,6 +7,7 @@ tokens.  Nats, nats^2.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -202,7 +203,8 @@ def gap_points(
     d = table_estimates(tables, valid, masks)[0][which].double()
     advantage = rollouts.advantage.double().cpu()
     group = rollouts.group.cpu()
-    terms = relative_score(d[None], advantage, lam=lam, scope=measured.config.scope, group=group)
+    scope: Any = measured.config.scope
+    terms = relative_score(d[None], advantage, lam=lam, scope=scope, group=group)
     columns = {
         "problem": group,
         "reward": rollouts.reward,
