@@ -69,9 +69,9 @@ class TrainConfig:
     # objective
     objective: str = "rspo"  # a method of objectives.METHODS
     lam: float = 0.1  # lambda, per nat of the score; 0 is the raw advantage
-    scope: Literal["batch", "group", "none"] = "batch"  # the rows that share a centre of d
-    residual: str = "shared"  # or leave_one_out
-    score_unit: str = "sequence"  # summed nats; or token: mean per valid token
+    scope: Literal["batch", "group", "none"] = "batch"  # of centring d: batch, group, none
+    residual: Literal["shared", "leave_one_out"] = "shared"  # or leave_one_out
+    score_unit: Literal["sequence", "token"] = "sequence"  # summed nats, or token: per token
     advantage: str = ""  # standardized, mean_centred, leave_one_out, softmax; "" is the method's
     zero_variance: str = "keep"  # groups of equal rewards: keep (pulled to the reference) or skip
     hyper: dict | None = None  # the method's own hyperparameters, by name

@@ -12,6 +12,7 @@ import difflib
 import io
 import json
 import math
+import re
 import tokenize
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -209,7 +210,8 @@ def listing(parameters: Iterable[Parameter]) -> str:
     """One line per parameter (name, type, default, meaning, in columns) under its group's title."""
     parameters = list(parameters)
     cells = [
-        (p.name, p.annotation, "(required)" if p.required else repr(p.default)) for p in parameters
+        (p.name, _kind(p.annotation), "(required)" if p.required else repr(p.default))
+        for p in parameters
     ]
     widths = [min(max(map(len, column)), _WIDEST) for column in zip(*cells)]
     indent = "  " if any(p.group for p in parameters) else ""
@@ -222,6 +224,11 @@ def listing(parameters: Iterable[Parameter]) -> str:
         columns = [text.ljust(width) for text, width in zip(row, widths)]
         lines.append(f"{indent}{'  '.join([*columns, parameter.comment])}".rstrip())
     return "\n".join(lines)
+
+
+def _kind(annotation: str) -> str:
+    """An annotation as a listing shows it: that of a choice is `str`, its meaning has the names."""
+    return re.sub(r"Literal\[('[^']*'(, )?)+\]", "str", annotation)
 
 
 def flat(params: Mapping[str, Any]) -> dict[str, Any]:
