@@ -61,7 +61,9 @@ NOTE = """Greedy held-out solve rates in %; n is in <i>seeds</i>, intervals are 
 <i>mean</i>: over all evaluations but the first. Δ: points above the first variant, paired by seed.
 <i>bootstrap</i>: percentiles over seeds redrawn within a task, too narrow for few of them; all
 other intervals are Student's, or Wilson's over the problems where there is one seed.
-<i>forwards</i>: of scoring, per completion, of all models; a backward counts as two."""
+<i>forwards</i>: of scoring, per completion, of all models; a backward counts as two.  Equal machine
+and packages give equal bits; others round differently, which training amplifies, so that single
+curves move by some points: compare means over seeds."""
 SHORT = {
     "mean over evaluations, %": "mean, %",
     f"final {OVER_FIRST}": "Δ final",
