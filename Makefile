@@ -17,7 +17,7 @@ help:  ## this list
 study: .venv/installed  ## the main job on the embedded tiny model: figures in runs/study/index.html
 	$(BIN)/rspo-lab sweep notebooks/studies/study.yaml
 
-test: lint types .venv/reasoning_gym  ## lint, types, and all tests but the heavy ones (those too: make test LANE=)
+test: .venv/reasoning_gym lint types  ## lint, types, and all tests but the heavy ones (those too: make test LANE=)
 	$(PYTEST) -m "$(LANE)"
 
 test-quick: lint  ## before a commit: lint, and the tests that start no kernel and take no seconds

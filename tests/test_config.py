@@ -28,9 +28,12 @@ def test_what_the_method_decides_is_resolved_at_once():
     config = TrainConfig(model="base-sudoku", task="sudoku")
     assert (config.advantage, config.design, config.inner_steps) == ("standardized", "count", 1)
     assert config.hyper == {} and config.hyperparameters == {
-        "lam": 0.1, "scope": "batch", "residual": "shared", "score_unit": "sequence",
+        "lam": 0.1,
+        "scope": "batch",
+        "residual": "shared",
+        "score_unit": "sequence",
         "use_reference": True,
-    }  # fmt: skip
+    }
     assert TrainConfig(**dataclasses.asdict(config)) == config
     chosen = dataclasses.replace(config, advantage="softmax", hyper={"use_reference": False})
     assert chosen.advantage == "softmax" and chosen.hyperparameters["use_reference"] is False

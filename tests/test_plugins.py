@@ -124,10 +124,17 @@ def test_training_from_the_command_line_uses_and_keeps_the_file(mine, tmp_path):
     """Method, design, own hyperparameter; the run keeps the file, its policies load again."""
     words = ["train", "--run", str(tmp_path / "run")]
     given = {
-        "plugins": mine, "task": "puzzle", "model": "base-sudoku", "objective": "bounded",
-        "hyper": '{"bound": 2.5}', "steps": 2, "prompts": 2, "group": 2, "eval_problems": 2,
+        "plugins": mine,
+        "task": "puzzle",
+        "model": "base-sudoku",
+        "objective": "bounded",
+        "hyper": '{"bound": 2.5}',
+        "steps": 2,
+        "prompts": 2,
+        "group": 2,
+        "eval_problems": 2,
         "device": "cpu",
-    }  # fmt: skip
+    }
     for name, value in given.items():
         words += ["-p", name, str(value)]
     subprocess.run([sys.executable, "-m", "rspo_lab.cli", *words], check=True, capture_output=True)

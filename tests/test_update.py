@@ -153,9 +153,15 @@ def test_old_is_scored_once_the_policy_has_moved(monkeypatch):
 
     monkeypatch.setitem(METHODS, "looking", Method(looking, inner_steps=2, old=True))
     config = TrainConfig(
-        model="base-sudoku", task="sudoku", objective="looking", prompts=2, group=4, threshold=0.9,
-        warmup=0, device="cpu",
-    )  # fmt: skip
+        model="base-sudoku",
+        task="sudoku",
+        objective="looking",
+        prompts=2,
+        group=4,
+        threshold=0.9,
+        warmup=0,
+        device="cpu",
+    )
     model = load("base-sudoku")
     reference = reference_of(model)
     rollouts = fixed_rollouts(config, model, prompts=2, group=4, seed=0)

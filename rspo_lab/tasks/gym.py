@@ -235,7 +235,7 @@ def _package() -> ModuleType:
     mend = "pip install -e .[reasoning-gym]"
     try:
         with _apart(0):  # modules of it draw as they are imported
-            from reasoning_gym import factory
+            from reasoning_gym import factory  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ValueError(
             f"a task {PREFIX}... needs the package reasoning-gym (no module {error.name!r}): {mend}"
