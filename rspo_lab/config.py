@@ -162,7 +162,7 @@ class TrainConfig:
 
     def _check_views(self) -> None:
         """A design refuses the numbers of views that it cannot make."""
-        relative = self.hyperparameters.get("lam") is not None
+        relative = self.method.reference and "lam" in self.hyperparameters
         if self.old_views and not (relative and self.hyperparameters.get("use_reference", True)):
             raise ValueError(
                 "old_views splits d = policy - reference in two levels: it needs objective='rspo' "

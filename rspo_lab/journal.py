@@ -18,7 +18,7 @@ from rspo_lab.config import TrainConfig
 from rspo_lab.design_choice import CountProfile
 from rspo_lab.distributed import World
 from rspo_lab.objectives import relative_score
-from rspo_lab.runs.files import read_json, replacing, write_json
+from rspo_lab.runs.files import append_jsonl, read_json, read_jsonl, replacing, write_json
 from rspo_lab.runs.tracking import tracking
 
 # one line per step (metrics, timing) or per evaluation; timing alone differs between equal runs
@@ -91,20 +91,14 @@ class Journal:
 
     def _append(self, name: str, record: dict) -> None:
         if self.writes:
-            with (self.run.path / f"{name}.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            append_jsonl(self.run.path / f"{name}.jsonl", record)
 
     def _kept(self, done: int) -> tuple[list[dict], list[dict]]:
         """(metrics, profiles) of the finished steps; all files lose what came after them."""
         files = {name: self.run.path / f"{name}.jsonl" for name in RECORDS}
         for path in files.values():
             _keep_steps(path, done)
-        return read_records(files["metrics"]), read_records(files["profile"])
-
-
-def read_records(path: Path) -> list[dict]:
-    """The records of a jsonl file that is not being written; [] if there is none."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_jsonl(files["metrics"]), read_jsonl(files["profile"])
 
 
 def completions_table(folder: Path) -> pd.DataFrame:
@@ -117,7 +111,7 @@ def completions_table(folder: Path) -> pd.DataFrame:
     columns = ["step", "d", "advantage", "reward", "d_hat", "target", "gap", "weight"]
     config = read_json(folder / "config.json")
     frames = []
-    for record in read_records(folder / "sequences.jsonl"):
+    for record in read_jsonl(folder / "sequences.jsonl"):
         frame = pd.DataFrame(record)
         terms = relative_score(
             torch.tensor(record["d"], dtype=torch.float64)[None],

@@ -204,6 +204,7 @@ class Method:
     design: str = "count"  # a name of masks.DESIGNS
     inner_steps: int = 1  # updates on one rollout
     old: bool = False  # whether the loss looks at the log-probs of the rollout's policy
+    reference: bool = True  # whether the frozen reference is scored; without it no d is logged
 
     @property
     def hyperparameters(self) -> dict[str, Parameter]:

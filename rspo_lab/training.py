@@ -73,7 +73,8 @@ def train(
             timing = _timing(began, rolled, learner.policy.device)
             if step % config.eval_every == 0 or step == config.steps:
                 record["eval_solve_rate"] = learner.solve_rate()
-                journal.write_completions(step, d, rollouts.advantage, rollouts.reward)
+                if d is not None:
+                    journal.write_completions(step, d, rollouts.advantage, rollouts.reward)
                 if config.design == "auto" and len(rollouts):
                     journal.write_profile(step, learner.profile(rollouts, step))
             if step in config.snapshot_steps:
@@ -133,10 +134,11 @@ class Learner:
 
     def update(
         self, rollouts: Rollouts, step: int, profile: CountProfile | None
-    ) -> tuple[dict, Tensor]:
+    ) -> tuple[dict, Tensor | None]:
         """All updates on one rollout; (the step's record, d per completion at the first update).
 
-        A rollout with no row left (all groups skipped) changes nothing.
+        d is None for a method without a reference.  A rollout with no row left (all groups
+        skipped) changes nothing.
         """
         record = {"step": step} | rollouts.record
         if len(rollouts) == 0:

@@ -70,8 +70,11 @@ def update(
     rollouts: Rollouts,
     views: Views,
     step: int,
-) -> tuple[dict, Float[Tensor, " B"]]:
-    """One optimizer step; (what to log, d per completion).  Diverged if it is not finite."""
+) -> tuple[dict, Float[Tensor, " B"] | None]:
+    """One optimizer step; (what to log, d per completion if the method has a reference).
+
+    Diverged if loss or gradient is not finite.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
@@ -94,6 +97,8 @@ def update(
     optimizer.step()
     record = {"loss": loss.value.item(), "gradient_norm": norm, "lr": learning_rate(config, step)}
     record |= _cost(config, views, rollouts) | loss.log
+    if not config.method.reference:
+        return record, None
     return _with_gap(config, record, evidence(rollouts, views, token_logp))
 
 

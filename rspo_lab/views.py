@@ -41,15 +41,18 @@ def one_level_views(
 
     profile: what design "auto" goes by; key: what the masks are drawn by.
     """
+
+    @torch.no_grad()
+    def scored(model, masks):
+        return token_logps(model, rollouts.distinct, masks, slice_size=config.slice_size)
+
+    method = config.method
     drawn = []
     for inner in range(config.inner_steps):
         masks = draw_masks(config, rollouts, profile, config.views, (*key, inner, "masks"))
-        with torch.no_grad():
-            fixed = token_logps(reference, rollouts.distinct, masks, slice_size=config.slice_size)
-            old = None
-            if config.method.old and inner:
-                old = token_logps(policy, rollouts.distinct, masks, slice_size=config.slice_size)
-        models = 1 if old is None else 2
+        fixed = scored(reference, masks) if method.reference else None
+        old = scored(policy, masks) if method.old and inner else None
+        models = sum(token_logp is not None for token_logp in (fixed, old))
         drawn.append(Views(masks, fixed, old, forwards=models * masks.forward_passes))
     return drawn
 

@@ -8,8 +8,9 @@ import torch
 
 from rspo_lab.config import TrainConfig
 from rspo_lab.distributed import ALONE
-from rspo_lab.journal import Journal, completions_table, read_records
+from rspo_lab.journal import Journal, completions_table
 from rspo_lab.objectives import relative_score
+from rspo_lab.runs.files import read_jsonl
 
 
 class Folder:
@@ -36,9 +37,9 @@ def written(folder, steps, **changes):
 
 def test_records_reach_files_history_listeners_and_progress(tmp_path):
     journal, heard = written(Folder(tmp_path), [1, 2])
-    assert journal.history == heard == read_records(tmp_path / "metrics.jsonl")
+    assert journal.history == heard == read_jsonl(tmp_path / "metrics.jsonl")
     assert journal.run.told == [(1, 4, "reward 0.10"), (2, 4, "reward 0.20")]
-    assert read_records(tmp_path / "timing.jsonl")[1] == {"step": 2, "rollout_s": 1.0}
+    assert read_jsonl(tmp_path / "timing.jsonl")[1] == {"step": 2, "rollout_s": 1.0}
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 4
 
 
@@ -49,8 +50,8 @@ def test_what_came_after_the_checkpoint_is_dropped_from_every_file(tmp_path):
     with Journal(config(), Folder(tmp_path), 2, ALONE, lambda record: None) as journal:
         assert [record["step"] for record in journal.history] == [1, 2]
         journal.write({"step": 3})
-    assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    assert [r["step"] for r in read_records(tmp_path / "timing.jsonl")] == [1, 2]
+    assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [r["step"] for r in read_jsonl(tmp_path / "timing.jsonl")] == [1, 2]
 
 
 @pytest.mark.parametrize("scope", ["batch", "group", "none"])

@@ -22,7 +22,7 @@ from rspo_lab import config as config_module
 from rspo_lab import policies, rollouts, training, two_level, update, views
 from rspo_lab.config import TrainConfig
 from rspo_lab.models.loading import load
-from rspo_lab.objectives import METHODS, Method, rspo
+from rspo_lab.objectives import METHODS, Method, reinforce_elbo, rspo
 from rspo_lab.policies import load_trained, reference_of, trained_run
 from rspo_lab.rollouts import fixed_rollouts
 from rspo_lab.tasks import sudoku
@@ -275,6 +275,21 @@ def test_forwards_count_every_update_and_every_model(base, tmp_path):
     assert sliced[1]["forwards"] == pytest.approx(
         5 * sliced[1]["forward_passes"]
     )  # a pass without gradient comes first
+
+
+def test_a_method_without_a_reference_scores_none_and_logs_no_d(base, tmp_path, monkeypatch):
+    """Three forwards per view (policy, and a backward that is two), and no file of completions."""
+
+    def ascent(evidence, *, score_unit: str):
+        return reinforce_elbo(evidence, score_unit=score_unit)
+
+    monkeypatch.setitem(METHODS, "ascent", Method(ascent, reference=False))
+    records = train(config(base, steps=2, objective="ascent"), Folder(tmp_path / "run"))
+    assert records[1]["forwards"] == pytest.approx(3 * records[1]["forward_passes"])
+    assert records[2]["loss"] != 0 and "d_mean" not in records[2]
+    assert not (tmp_path / "run/sequences.jsonl").exists()
+    with pytest.raises(ValueError, match="old_views splits d"):
+        config(base, objective="ascent", old_views=2)
 
 
 def test_auto_takes_what_the_last_profile_recommends(base, tmp_path, monkeypatch):

@@ -140,7 +140,7 @@ class Panel:
         """Step, reward, and from this call's second step on its pace."""
         step = record["step"]
         line = f"step {step} of {self.config.steps}"
-        began, first = self.first  # pyright: ignore[reportGeneralTypeIssues]
+        began, first = self.first
         if step > first:
             pace = (now - began) / (step - first)
             left = pace * (self.config.steps - step) / 60

@@ -170,7 +170,7 @@ def _redraw(
     scored = time.perf_counter()
     gradient, token_logp = _gradient(config, moved, rollouts, last)
     seen = evidence(rollouts, last, token_logp)
-    d = log_ratio(seen, config.score_unit).mean(0)  # pyright: ignore[reportArgumentType]
+    d = log_ratio(seen, config.score_unit).mean(0)
     forwards = 3 * last.masks.forward_passes + last.forwards
     return Redraw(
         gradient=gradient,

@@ -65,7 +65,8 @@ def _ask(truth: str, answer: str) -> str | None:
 
 def _line(process: subprocess.Popen, seconds: float) -> bytes:
     """The next line of its output, b"" if it ended or took too long."""
-    ready = select.select([process.stdout], [], [], seconds)[0]  # pyright: ignore[reportArgumentType]
+    pipes = [process.stdout]
+    ready = select.select(pipes, [], [], seconds)[0]  # pyright: ignore[reportArgumentType]
     return process.stdout.readline() if ready else b""
 
 
