@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
         return args.command(args)
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         return _complain(f"{error.strerror}: {error.filename}" if error.filename else str(error), 2)
     except (ParameterError, RunError, ValueError) as error:
@@ -276,7 +279,9 @@ def _texts(given: Sequence[str]) -> dict[str, str]:
     """{name: text} of NAME=VALUE words."""
     texts: dict[str, str] = {}
     for word in given:
-        name, text = word.split("=", 1)
+        name, equals, text = word.partition("=")
+        if not (name and equals):
+            raise UsageError(f"write -p NAME VALUE, not {word!r}")
         if name in texts:
             raise ParameterError(f"parameter {name} is given twice")
         texts[name] = text
@@ -388,6 +393,7 @@ def _record_failure(run: Run, rank: str, error: BaseException) -> str:
     try:
         run.fail(type(error).__name__, str(error))
         (run.path / name).write_text(traceback.format_exc(), encoding="utf-8")
+        message += f" (where: {run.path / name})"
     except OSError as other:
         message += (
             f"; {run.path} cannot be written ({other.strerror}): mend that and run this again, "

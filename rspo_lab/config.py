@@ -1,7 +1,7 @@
 """The configuration of one training run: every choice a field, checked as soon as it is made."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from rspo_lab.advantages import ADVANTAGES
+from rspo_lab.masks.base import Masks
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.models.loading import find
 from rspo_lab.objectives import METHODS, Method
@@ -67,7 +68,7 @@ class TrainConfig:
     cache: str = "none"  # keys and values kept while a block is decoded: none, prefix or dual
 
     # objective
-    objective: str = "rspo"  # a method of objectives.METHODS
+    objective: str = "rspo"  # rspo, reinforce_elbo (the raw advantage), or one of your plugins
     lam: float = 0.1  # lambda, per nat of the score; 0 is the raw advantage
     scope: Literal["batch", "group", "none"] = "batch"  # of centring d: batch, group, none
     residual: Literal["shared", "leave_one_out"] = "shared"  # or leave_one_out
@@ -109,8 +110,7 @@ class TrainConfig:
     seed: int = 0  # of problems, rollouts and masks
 
     def __post_init__(self):
-        if self.plugins:
-            load_plugins(self.plugins)
+        load_plugins(self.plugins)
         object.__setattr__(self, "hyper", self.hyper or {})
         if self.objective not in METHODS:
             self._refuse("objective", METHODS)
@@ -149,7 +149,16 @@ class TrainConfig:
             )
 
     def _check_hyperparameters(self) -> None:
-        own = self.method.own({f.name for f in fields(self)})
+        shared = {f.name: f.default for f in fields(self)}
+        own = self.method.own(shared)
+        for name, p in self.method.hyperparameters.items():
+            if name in own and p.default is p.empty:
+                raise ValueError(f"{self.objective}'s own hyperparameter {name!r} needs a default")
+            if name not in own and p.default not in (p.empty, shared[name]):
+                raise ValueError(
+                    f"{self.objective}'s {name} is a field of the configuration, whose default is "
+                    f"{shared[name]!r}: {p.default!r} would never be used, so rename it"
+                )
         for name, value in self.hyper.items():
             if name not in own:
                 near = difflib.get_close_matches(name, own, n=1)
@@ -176,15 +185,25 @@ class TrainConfig:
         numbers = [self.old_views or self.views, self.views]
         if self.allocate:
             numbers += range(1, self.views + 2)
-        made = {}
-        for views in numbers:
-            valid = torch.ones(1, 4, dtype=torch.bool)
-            made[views] = design(valid, views, generator=torch.Generator()).replicates
+        made = {views: self._replicates(design, views) for views in numbers}
         if self.residual == "leave_one_out" and made[self.views] < 2:
             raise ValueError(
                 f"leave_one_out needs 2 replicates, {self.design} makes 1 of {self.views} views: "
-                "raise views or take count"
+                "raise views, and take a design whose views are replicates, such as count"
             )
+
+    def _replicates(self, design: Callable[..., Masks], views: int) -> int:
+        """How many replicates a design makes of so many views; ValueError if it cannot."""
+        valid = torch.ones(1, 4, dtype=torch.bool)
+        try:
+            return design(valid, views, generator=torch.Generator()).replicates
+        except ValueError:
+            raise
+        except Exception as error:  # of a user's own design
+            name = type(error).__name__
+            raise ValueError(
+                f"design {self.design!r} fails for {views} views of 4 tokens: {name}: {error}"
+            ) from error
 
     def _check_places(self) -> None:
         if not hasattr(task_named(self.task), "COMPACT_LENGTH"):

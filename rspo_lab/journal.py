@@ -45,8 +45,7 @@ class Journal:
         self.writes = world.rank == 0
         if self.writes:
             write_json(run.path / "config.json", asdict(config))
-            if config.plugins:
-                shutil.copy(Path(config.plugins).expanduser(), run.path / "plugins.py")
+            _keep_plugins(config.plugins, run.path / "plugins.py")
         self.history, profiles = world.first(lambda: self._kept(done))
         self.profile = _profile(profiles[-1]) if profiles else None
 
@@ -99,6 +98,20 @@ class Journal:
         for path in files.values():
             _keep_steps(path, done)
         return read_jsonl(files["metrics"]), read_jsonl(files["profile"])
+
+
+def _keep_plugins(file: str, copy: Path) -> None:
+    """Copy a run's file of plugins; ValueError if the run began with another content of it."""
+    if not file:
+        return
+    source = Path(file).expanduser()
+    if not copy.exists():
+        shutil.copy(source, copy)
+    elif copy.read_bytes() != source.read_bytes():
+        raise ValueError(
+            f"{file} has changed since this run began with {copy}: use another run folder, or take "
+            "that copy as plugins"
+        )
 
 
 def completions_table(folder: Path) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from rspo_lab.masks.designs import DESIGNS
-from rspo_lab.objectives import METHODS
+from rspo_lab.objectives import METHODS, Method
 from rspo_lab.tasks import TASKS
 
 TABLES = {"METHODS": METHODS, "DESIGNS": DESIGNS, "TASKS": TASKS}
@@ -17,11 +17,14 @@ def load_plugins(file: str | Path) -> None:
     """Runs the file, once per process and content; it adds to METHODS, DESIGNS and TASKS.
 
     Each of these is a dict by name.  The file is code and runs as such: name only your own.  A file
-    that has changed since is run again, and its names take the place of those that it had.
+    that has changed since is run again, and its names take the place of those that it had; a copy
+    of one that is loaded already adds nothing.  "" loads nothing.
 
     FileNotFoundError if it is not there; ValueError, with the file and the line, if it fails or
     takes the name of something that is there already: then none of its names are kept.
     """
+    if not str(file):
+        return
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError(
@@ -29,13 +32,18 @@ def load_plugins(file: str | Path) -> None:
         )
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    loaded, names = _LOADED.pop(path, ("", {}))
-    if loaded != digest:
-        for table, added in names.items():
-            for name in added:
-                TABLES[table].pop(name, None)
-        names = _run(path)
-    _LOADED[path] = (digest, names)
+    if any(digest == other and _present(names) for other, names in _LOADED.values()):
+        return
+    _, old = _LOADED.pop(path, ("", {}))
+    for table, names in old.items():
+        for name in names:
+            TABLES[table].pop(name, None)
+    _LOADED[path] = (digest, _run(path))
+
+
+def _present(names: dict[str, list[str]]) -> bool:
+    """Whether all names of a file, per table, are still there."""
+    return all(TABLES[table].keys() >= set(added) for table, added in names.items())
 
 
 def _run(path: Path) -> dict[str, list[str]]:
@@ -50,6 +58,8 @@ def _run(path: Path) -> dict[str, list[str]]:
         for table, entries in TABLES.items():
             if replaced := [n for n, entry in before[table].items() if entries.get(n) is not entry]:
                 raise ValueError(f"{table} has {replaced[0]!r} already: choose another name")
+        for name in METHODS.keys() - before["METHODS"].keys():
+            _check_method(name, METHODS[name])
     except Exception as error:
         sys.modules.pop(f"plugins_{path.stem}", None)
         for table, entries in TABLES.items():
@@ -59,6 +69,14 @@ def _run(path: Path) -> dict[str, list[str]]:
     return {
         table: [n for n in entries if n not in before[table]] for table, entries in TABLES.items()
     }
+
+
+def _check_method(name: str, method: Method) -> None:
+    """ValueError for a row whose hyperparameters could not be found or given by name."""
+    if method.loss.__name__ != name:
+        raise ValueError(
+            f"METHODS[{name!r}] must be named like its function, {method.loss.__name__}"
+        )
 
 
 def _line(error: Exception, path: Path) -> str:

@@ -109,6 +109,8 @@ def trained_run(folder: str | Path) -> TrainedRun:
             f"{folder} was trained by another version, which had {', '.join(unknown)}: measure it "
             "with that one (provenance.json names its commit), or train it again"
         )
+    if (folder / "plugins.py").is_file():  # as the run had them, wherever the file is now
+        values["plugins"] = str(folder / "plugins.py")
     config = TrainConfig(**values)
     saved = [path for path in (folder / "snapshots").glob("*") if path.suffix != ".partial"]
     if not saved:

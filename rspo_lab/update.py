@@ -82,7 +82,11 @@ def update(
 
     def loss_of(token_logp):
         seen = evidence(rollouts, views, token_logp)
-        return config.method.loss(seen, **config.hyperparameters)
+        loss = config.method.loss(seen, **config.hyperparameters)
+        if not isinstance(loss, Loss):
+            name = type(loss).__name__
+            raise TypeError(f"{config.objective} must return Loss(value, log), not a {name}")
+        return loss
 
     loss, token_logp = accumulate_gradient(
         policy, rollouts.distinct, views.masks, loss_of, config.slice_size
@@ -96,7 +100,8 @@ def update(
         )
     optimizer.step()
     record = {"loss": loss.value.item(), "gradient_norm": norm, "lr": learning_rate(config, step)}
-    record |= _cost(config, views, rollouts) | loss.log
+    record |= _cost(config, views, rollouts)
+    record |= {name: float(value) for name, value in loss.log.items()}
     if not config.method.reference:
         return record, None
     return _with_gap(config, record, evidence(rollouts, views, token_logp))

@@ -197,8 +197,9 @@ def test_a_methods_own_hyperparameters_are_listed_and_given_by_name(monkeypatch,
     ]
     assert main([*run, "-p", "clip", "0.3"]) == 0
     assert main([*run, "-p", "clpi", "0.3"]) == 2
-    assert "did you mean 'clip'? declared: lam, objective, hyper, clip, beta" in (
-        capsys.readouterr().err
+    assert (
+        "did you mean 'clip'? objective 'espo' (with its plugins) takes of its own clip, beta"
+        in (capsys.readouterr().err)
     )
     assert main(["run", "notebooks/demo.ipynb", "-p", "clip", "0.3"]) == 2  # rspo has none
     sweep = ["sweep", "notebooks/demo.ipynb", "--grid", "clip=0.1,0.2", "--cluster", "debug"]
@@ -259,7 +260,9 @@ def test_train_opens_a_run_and_finishes_it(capsys, training):
 
 def test_a_training_failure_is_one_line_and_on_record(capsys, training):
     assert main(["train", "--run", "runs/x", "-p", "task", "sudoku", "-p", "lr", "-1"]) == 1
-    assert capsys.readouterr().err == "rspo-lab: RuntimeError: loss is not finite\n"
+    where = Path("runs/x/traceback.txt").resolve()
+    message = f"rspo-lab: RuntimeError: loss is not finite (where: {where})\n"
+    assert capsys.readouterr().err == message
     (row,) = load_runs("runs").to_dict("records")
     assert (row["state"], row["error"]) == ("failed", "loss is\nnot finite")
     assert "Traceback" in Path("runs/x/traceback.txt").read_text()
@@ -322,3 +325,11 @@ def test_broken_run_directory_is_no_traceback(capsys):
     (run.path / "status.json").write_text("{")
     assert main(["runs"]) == 0
     assert "running" in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    """`rspo-lab run --list | true`: no message, and the exit code of a broken pipe."""
+    words = f"{sys.executable} -m rspo_lab.cli train --list"
+    shell = f"{words} 2>err | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() in ("141", "0") and (tmp_path / "err").read_text() == ""

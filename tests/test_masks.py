@@ -502,9 +502,9 @@ def test_bad_input_is_refused():
             DESIGNS[name](valid, 2, generator=torch.Generator())
     wrong = {
         "cout": "one of",
-        "bsc(1)": "2 numbers",
-        "bsc(a, b)": "2 num",
-        "cyck(0.5)": "1 num",
+        "bsc(1)": "2 values",
+        "bsc(a, b)": "2 val",
+        "cyck(0.5)": "1 val",
         "count(3)": "none",
         "bsc(1,": "one of",
     }
@@ -519,3 +519,16 @@ def test_a_design_with_parameters_is_the_function_with_them():
     named = design("cyck(2)")(valid, 4, generator=torch.Generator().manual_seed(0))
     plain = cyck(valid, 4, k=2, generator=torch.Generator().manual_seed(0))
     assert torch.equal(named.hidden, plain.hidden) and design("cycle") is cycle
+
+
+def test_a_design_may_have_a_switch(monkeypatch):
+    def pairs(valid, views, *, apart: bool = True, generator):
+        return count(valid, 2 if apart else 1, generator=generator)
+
+    monkeypatch.setitem(DESIGNS, "pairs", pairs)
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    for name, views in (("pairs", 2), ("pairs(True)", 2), ("pairs(False)", 1)):
+        masks = design(name)(valid, 1, generator=torch.Generator())
+        assert masks.replicates == views, name
+    with pytest.raises(ValueError, match="pairs takes 1 values"):
+        design("pairs(no)")

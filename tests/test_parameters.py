@@ -289,7 +289,10 @@ def test_own_hyperparameters_are_settled_into_hyper(target, tmp_path):
     "given, said",
     [
         ({"clip": "1"}, "unknown parameter 'clip'"),
-        ({"objective": "espo", "clpi": "1"}, "did you mean 'clip'.*plugins, clip, kind, centre$"),
+        (
+            {"objective": "espo", "clpi": "1"},
+            "did you mean 'clip'.*of its own clip, kind, centre; declared: .*plugins$",
+        ),
         ({"objective": "espo", "hyper": {"clpi": 1}}, "'clpi': did you mean 'clip'"),
         ({"objective": "espo", "hyper": {"clip": "a"}}, "given 'a', expected float"),
         ({"objective": "espo", "hyper": {"clip": 1}, "clip": "2"}, "twice, once in hyper"),
@@ -308,7 +311,7 @@ def test_a_file_of_plugins_is_found_from_the_callers_folder(target, tmp_path, mo
     with pytest.raises(FileNotFoundError, match="no file of plugins at .*other.py"):
         settle(target, {"plugins": "other.py"})
     (tmp_path / "mine.py").write_text("def mine(:")
-    with pytest.raises(ParameterError, match="mine.py is not Python"):
+    with pytest.raises(ParameterError, match="mine.py, line 1 is not Python"):
         settle(target, {"plugins": "mine.py"})
 
 

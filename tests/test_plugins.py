@@ -3,16 +3,31 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from throwaway import Folder
 
 from rspo_lab.config import TrainConfig
 from rspo_lab.masks import DESIGNS
 from rspo_lab.masks.designs import design
 from rspo_lab.objectives import METHODS
 from rspo_lab.plugins import _LOADED, TABLES, load_plugins
+from rspo_lab.policies import trained_run
+from rspo_lab.runs.run import run_path
 from rspo_lab.tasks import TASKS
+from rspo_lab.training import train
+
+NOTEBOOK = Path("02_train.ipynb")
+SMALL = {
+    "prompts": 2,
+    "group": 2,
+    "eval_problems": 2,
+    "eval_every": 1,
+    "snapshots": 1,
+    "device": "cpu",
+}
 
 MINE = '''
 import torch
@@ -111,7 +126,7 @@ def test_a_bad_file_is_one_error_and_leaves_nothing_behind(mine, text, match):
         ({"hyper": {"bound": "far"}}, "parameter bound: given 'far', expected float"),
         ({"hyper": {"lam": 0.1}}, "bounded takes no 'lam'.*it takes bound"),
         ({"objective": "rspo", "hyper": {"bound": 1.0}}, "rspo takes no 'bound'.*use_reference"),
-        ({"objective": "bonded"}, "objective must be one of rspo, reinforce_elbo, bounded"),
+        ({"objective": "bonded"}, "objective must be one of rspo, .*bounded, not 'bonded'"),
     ],
 )
 def test_hyperparameters_are_checked(mine, changes, match):
@@ -120,6 +135,68 @@ def test_hyperparameters_are_checked(mine, changes, match):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "old, new, match",
+    [
+        (
+            "bound: float = 5.0",
+            "bound: float",
+            "own hyperparameter 'bound' needs a default",
+        ),
+        (
+            "bound: float = 5.0",
+            "bound: float = 5.0, temperature: float = 0.2",
+            r"temperature is a field of the configuration, whose default is 1.0: 0.2 would never",
+        ),
+        ("def bounded(", "def other(", r"must be named like its function, other"),
+        ('"""Every token', 'assert views > 9; """Every token', "design 'halves' fails for 2 views"),
+    ],
+)
+def test_a_method_or_design_that_could_not_be_used_is_refused(mine, old, new, match):
+    text = MINE.replace(old, new)
+    mine.write_text(text.replace("Method(bounded", "Method(other") if "other(" in new else text)
+    with pytest.raises(ValueError, match=match):
+        config(mine)
+
+
+def test_a_copy_of_a_loaded_file_adds_nothing(mine, tmp_path):
+    load_plugins(mine)
+    copy = tmp_path / "copy.py"
+    copy.write_text(MINE)
+    load_plugins(copy)
+    load_plugins("")
+    copy.write_text(MINE.replace("5.0", "6.0"))
+    with pytest.raises(ValueError, match="METHODS has 'bounded' already"):
+        load_plugins(copy)
+
+
+def test_a_loss_that_is_no_loss_says_what_it_must_be(mine, tmp_path):
+    loss = 'Loss(-(weight * terms.d_hat).mean(), {"bound": bound})'
+    mine.write_text(MINE.replace(loss, "weight.sum()"))
+    with pytest.raises(TypeError, match=r"bounded must return Loss\(value, log\), not a Tensor"):
+        train(config(mine, steps=1, **SMALL), Folder(tmp_path / "run"))
+
+
+def test_a_changed_file_is_another_run(mine, tmp_path):
+    """Another key; a folder that began with the old content is refused, and keeps its copy."""
+    before = run_path(NOTEBOOK, {"plugins": str(mine)}, tmp_path)
+    run = Folder(tmp_path / "run")
+    train(config(mine, steps=2, **SMALL), run)
+    mine.write_text(MINE.replace("5.0", "6.0"))
+    assert run_path(NOTEBOOK, {"plugins": str(mine)}, tmp_path) != before
+    with pytest.raises(ValueError, match="has changed since this run began.*another run folder"):
+        train(config(mine, steps=2, **SMALL), run)
+    assert (run.path / "plugins.py").read_text() == MINE
+    mine.unlink()
+    _LOADED.clear()
+    for table in TABLES.values():
+        for name in ("bounded", "halves", "puzzle"):
+            table.pop(name, None)
+    trained = trained_run(run.path)
+    assert trained.config.plugins == str(run.path / "plugins.py")
+    assert trained.config.hyperparameters["bound"] == 5.0
+
+
 def test_training_from_the_command_line_uses_and_keeps_the_file(mine, tmp_path):
     """Method, design, own hyperparameter; the run keeps the file, its policies load again."""
     words = ["train", "--run", str(tmp_path / "run")]
@@ -145,6 +222,4 @@ def test_training_from_the_command_line_uses_and_keeps_the_file(mine, tmp_path):
     assert (tmp_path / "run/plugins.py").read_text() == MINE
     assert json.loads((tmp_path / "run/config.json").read_text())["design"] == "halves"
     assert "halves" not in DESIGNS  # until a run that names the file is read
-    from rspo_lab.policies import trained_run
-
     assert trained_run(tmp_path / "run").config.design == "halves" and "halves" in DESIGNS

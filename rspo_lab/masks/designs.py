@@ -40,15 +40,22 @@ def design(name: str) -> Callable[..., Masks]:
     }
     try:
         values = {
-            key: type(default)(word)
+            key: _value(default, word)
             for (key, default), word in zip(defaults.items(), words, strict=True)
         }
-    except ValueError:
+    except (ValueError, KeyError):
         raise ValueError(
-            f"design {name!r}: {parts[1]} takes {len(defaults)} numbers "
+            f"design {name!r}: {parts[1]} takes {len(defaults)} values "
             f"({', '.join(defaults) or 'none'})"
         ) from None
     return partial(function, **values)
+
+
+def _value(default: bool | int | float | str, word: str) -> bool | int | float | str:
+    """A word as the default's type; ValueError if it is none."""
+    if isinstance(default, bool):
+        return {"True": True, "False": False}[word.strip()]
+    return type(default)(word)
 
 
 DESIGNS: dict[str, Callable[..., Masks]] = {

@@ -153,7 +153,7 @@ def settle(
         elif name in own:
             hyper[name] = _typed(own[name], value)
         else:
-            raise unknown(name, [*parameters, *own])
+            raise _unknown_here(name, parameters, own, given)
     if values.get("plugins"):
         values["plugins"] = str(_plugins_file(values["plugins"], folder))
     if hyper or ("objective" in parameters and values.get("hyper")):
@@ -203,6 +203,21 @@ def unknown(name: str, names: Iterable[str]) -> ParameterError:
     hint = f"did you mean {near[0]!r}? " if near else ""
     return ParameterError(
         f"unknown parameter {name!r}: {hint}declared: {', '.join(names) or 'none'}"
+    )
+
+
+def _unknown_here(
+    name: str, parameters: Mapping[str, Parameter], own: Mapping[str, Parameter], given: Mapping
+) -> ParameterError:
+    """`unknown` of declared names, and what the chosen objective takes of its own."""
+    if not {"hyper", "objective"} <= parameters.keys():
+        return unknown(name, parameters)
+    objective = given.get("objective", parameters["objective"].default)
+    near = difflib.get_close_matches(name, [*own, *parameters], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ParameterError(
+        f"unknown parameter {name!r}: {hint}objective {objective!r} (with its plugins) takes of "
+        f"its own {', '.join(own) or 'nothing'}; declared: {', '.join(parameters)}"
     )
 
 
@@ -272,7 +287,8 @@ class _Source:
         try:
             self.body = ast.parse(text).body
         except SyntaxError as error:
-            raise ParameterError(f"{where} is not Python: {error}") from error
+            place = f"{where}, line {error.lineno}"
+            raise ParameterError(f"{place} is not Python: {error.msg}") from error
         self._comments: dict[int, str] = {}  # by line, behind a statement
         self._titles: dict[int, str] = {}  # by line, of groups
         lines = text.splitlines()

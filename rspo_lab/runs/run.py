@@ -186,10 +186,17 @@ def runs_root(notebook: Path) -> Path:
 def run_path(
     notebook: Path, params: Mapping[str, Any], root: Path, name: str | None = None
 ) -> Path:
-    """<root>/<name>/<key>; the key is a hash of the notebook's name and all its parameters."""
+    """<root>/<name>/<key>; the key is a hash of the notebook's name and all its parameters.
+
+    Of a file of `plugins` the content counts too: another content is another run.
+    """
     if name is not None and Path(name).name != name:
         raise RunError(f"the run's name {name!r} must be one folder name")
-    text = json.dumps([notebook.name, params], sort_keys=True, allow_nan=False)
+    identity = [notebook.name, params]
+    plugins = Path(params.get("plugins") or "")
+    if plugins.is_file():
+        identity.append(hashlib.sha256(plugins.read_bytes()).hexdigest())
+    text = json.dumps(identity, sort_keys=True, allow_nan=False)
     return root.resolve() / (name or notebook.stem) / hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
