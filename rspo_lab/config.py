@@ -1,6 +1,7 @@
 """The configuration of one training run: every choice a field, checked as soon as it is made."""
 
 import difflib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +13,7 @@ from rspo_lab.advantages import ADVANTAGES
 from rspo_lab.masks.base import Masks
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.models.loading import find
-from rspo_lab.objectives import METHODS, Method
+from rspo_lab.objectives import METHODS, Method, Scope
 from rspo_lab.plugins import load_plugins
 from rspo_lab.runs.parameters import Parameter, check
 from rspo_lab.schedule import CACHES
@@ -41,6 +42,16 @@ AT_LEAST_ONE = (
     "snapshots",
     "slice_size",
 )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a method reads the log-ratio d, for the record, the tables and the figures."""
+
+    lam: float  # 0: it has no target
+    scope: Scope
+    score_unit: Literal["sequence", "token"]
+    use_reference: bool  # False: its d is the score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,15 +170,18 @@ class TrainConfig:
                     f"{self.objective}'s {name} is a field of the configuration, whose default is "
                     f"{shared[name]!r}: {p.default!r} would never be used, so rename it"
                 )
+        hyper = {}
         for name, value in self.hyper.items():
             if name not in own:
                 near = difflib.get_close_matches(name, own, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 takes = ", ".join(own) or "none of its own"
                 raise ValueError(f"{self.objective} takes no {name!r}: {hint}it takes {takes}")
-            kind = own[name].annotation
+            p = own[name]
+            kind = type(p.default) if p.annotation is p.empty else p.annotation
             text = kind.__name__ if isinstance(kind, type) else str(kind)
-            check(Parameter(name, text, own[name].default), value)
+            hyper[name] = check(Parameter(name, text, p.default), value)
+        object.__setattr__(self, "hyper", hyper)
 
     def _check_views(self) -> None:
         """A design refuses the numbers of views that it cannot make."""
@@ -230,6 +244,38 @@ class TrainConfig:
         return {name: values.get(name, p.default) for name, p in takes.items()}
 
     @property
+    def reading(self) -> Reading:
+        """How the method reads d; what it takes no hyperparameter for is plain."""
+        takes = self.hyperparameters
+        return Reading(
+            lam=takes.get("lam", 0.0),
+            scope=takes.get("scope", "batch"),
+            score_unit=takes.get("score_unit", "sequence"),
+            use_reference=takes.get("use_reference", True) and self.method.reference,
+        )
+
+    @property
     def snapshot_steps(self) -> list[int]:
         """The steps whose policies are kept, in order."""
-        return sorted({round(self.steps * (i + 1) / self.snapshots) for i in range(self.snapshots)})
+        shares = [(i + 1) / self.snapshots for i in range(self.snapshots)]
+        return sorted({max(1, round(self.steps * share)) for share in shares})
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The configuration of the training run in a folder, with its own copy of its plugins.
+
+    FileNotFoundError if there is none; ValueError for one that this version does not read.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no training run at {folder}: give the folder that holds config.json and snapshots/"
+        )
+    values = json.loads((folder / "config.json").read_text())
+    if unknown := sorted(set(values) - {f.name for f in fields(TrainConfig)}):
+        raise ValueError(
+            f"{folder} was trained by another version, which had {', '.join(unknown)}: measure it "
+            "with that one (provenance.json names its commit), or train it again"
+        )
+    if (folder / "plugins.py").is_file():  # as the run had them, wherever the file is now
+        values["plugins"] = str(folder / "plugins.py")
+    return TrainConfig(**values)

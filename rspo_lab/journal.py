@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rspo_lab.config import TrainConfig
+from rspo_lab.config import TrainConfig, read_config
 from rspo_lab.design_choice import CountProfile
 from rspo_lab.distributed import World
 from rspo_lab.objectives import relative_score
-from rspo_lab.runs.files import append_jsonl, read_json, read_jsonl, replacing, write_json
+from rspo_lab.runs.files import append_jsonl, read_jsonl, replacing, write_json
 from rspo_lab.runs.tracking import tracking
 
 # one line per step (metrics, timing) or per evaluation; timing alone differs between equal runs
@@ -122,23 +122,25 @@ def completions_table(folder: Path) -> pd.DataFrame:
     first evaluation.
     """
     columns = ["step", "d", "advantage", "reward", "d_hat", "target", "gap", "weight"]
-    config = read_json(folder / "config.json")
+    records = read_jsonl(folder / "sequences.jsonl")
+    if not records:
+        return pd.DataFrame(columns=columns, dtype=float)
+    config = read_config(folder)
+    reading = config.reading
     frames = []
-    for record in read_jsonl(folder / "sequences.jsonl"):
+    for record in records:
         frame = pd.DataFrame(record)
         terms = relative_score(
             torch.tensor(record["d"], dtype=torch.float64)[None],
             torch.tensor(record["advantage"], dtype=torch.float64),
-            lam=config["lam"],
-            scope=config["scope"],
-            group=torch.arange(len(frame)) // config["group"],
+            lam=reading.lam,
+            scope=reading.scope,
+            group=torch.arange(len(frame)) // config.group,
         )
         for name, values in (("target", terms.target), ("gap", terms.gap)):
             frame[name] = float("nan") if values is None else values.numpy()
         frame = frame.assign(d_hat=terms.estimate.numpy(), weight=terms.weight[0].numpy())
         frames.append(frame[columns])
-    if not frames:
-        return pd.DataFrame(columns=columns, dtype=float)
     return pd.concat(frames, ignore_index=True)
 
 

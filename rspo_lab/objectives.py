@@ -149,7 +149,7 @@ def in_unit(
     draws: Float[Tensor, "R B"], valid: Bool[Tensor, "B L"], unit: Literal["sequence", "token"]
 ) -> Float[Tensor, "R B"]:
     """Summed nats as they are ("sequence"), or divided by the number of valid tokens ("token")."""
-    return draws if unit == "sequence" else draws * (1 / valid.sum(1)).to(draws.device)
+    return draws if unit == "sequence" else draws / valid.sum(1).to(draws)
 
 
 def rspo(

@@ -1,13 +1,12 @@
 """The policy that a run trains with its frozen reference, and the policies that runs have saved."""
 
 import copy
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from rspo_lab.config import TrainConfig
+from rspo_lab.config import TrainConfig, read_config
 from rspo_lab.distributed import ALONE, World
 from rspo_lab.estimators import Denoiser
 from rspo_lab.models.adapters import add_lora
@@ -99,19 +98,7 @@ def trained_run(folder: str | Path) -> TrainedRun:
     this version does not read.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no training run at {folder}: give the folder that holds config.json and snapshots/"
-        )
-    values = json.loads((folder / "config.json").read_text())
-    if unknown := sorted(set(values) - {f.name for f in fields(TrainConfig)}):
-        raise ValueError(
-            f"{folder} was trained by another version, which had {', '.join(unknown)}: measure it "
-            "with that one (provenance.json names its commit), or train it again"
-        )
-    if (folder / "plugins.py").is_file():  # as the run had them, wherever the file is now
-        values["plugins"] = str(folder / "plugins.py")
-    config = TrainConfig(**values)
+    config = read_config(folder)
     saved = [path for path in (folder / "snapshots").glob("*") if path.suffix != ".partial"]
     if not saved:
         first = config.snapshot_steps[0]

@@ -143,7 +143,8 @@ class Learner:
         record = {"step": step} | rollouts.record
         if len(rollouts) == 0:
             nothing = ("loss", "gradient_norm", "lr", "forward_passes", "forwards")
-            return record | dict.fromkeys(nothing, 0.0), torch.zeros(0)
+            d = torch.zeros(0) if self.config.method.reference else None
+            return record | dict.fromkeys(nothing, 0.0), d
         key = (self.config.seed, step)
         views = views_of_updates(self.config, self.policy, self.reference, rollouts, profile, key)
         updates = [

@@ -60,7 +60,7 @@ def two_level_views(
             with torch.no_grad():
                 old = token_logps(policy, rollouts.distinct, masks, slice_size=config.slice_size)
             forwards += masks.forward_passes
-        views.append(Views(masks, None, old, score - base, forwards))
+        views.append(Views(masks, None, old, inner == 0, score - base, forwards))
     return views
 
 
@@ -73,15 +73,16 @@ def _shares(
 ) -> Int[Tensor, " U"]:
     """Views per distinct completion by |weight x score|, weights of equal ones summed."""
     which = rollouts.which
+    reading = config.reading
     score, ratio = (
-        in_unit(value[None], rollouts.distinct.valid, config.score_unit)[0]
+        in_unit(value[None], rollouts.distinct.valid, reading.score_unit)[0]
         for value in (score, ratio)
     )
     weight = relative_score(
         ratio[which][None],
         rollouts.advantage.to(ratio),
-        lam=config.lam,
-        scope=config.scope,
+        lam=reading.lam,
+        scope=reading.scope,
         group=rollouts.group.to(which.device),
     ).weight[0]
     total = torch.zeros_like(ratio).index_add(0, which, weight)

@@ -19,7 +19,7 @@ from rspo_lab.distributed import whole
 from rspo_lab.estimators import Denoiser, slice_logp, token_logps, view_slices
 from rspo_lab.masks.base import Masks
 from rspo_lab.models.diffusion_lm import DiffusionLM
-from rspo_lab.objectives import Evidence, Loss, log_ratio
+from rspo_lab.objectives import Evidence, Loss, log_ratio, score
 from rspo_lab.rollouts import Rollouts
 from rspo_lab.two_level import two_level_views
 from rspo_lab.views import Views, one_level_views
@@ -50,10 +50,11 @@ def evidence(rollouts: Rollouts, views: Views, policy: Float[Tensor, "M U L"]) -
         return None if token_logp is None else token_logp[:, which]
 
     ratio = views.old_log_ratio
+    old = policy.detach() if views.old_is_policy else views.old
     return Evidence(
         policy=policy[:, which],
         reference=per_completion(views.reference),
-        old=per_completion(policy.detach() if views.old is None else views.old),
+        old=per_completion(old),
         masks=views.masks.rows(which.cpu()),
         advantage=rollouts.advantage.to(policy),
         reward=rollouts.reward.to(policy),
@@ -163,9 +164,10 @@ def _with_gap(
     config: TrainConfig, record: dict, seen: Evidence
 ) -> tuple[dict, Float[Tensor, " B"]]:
     """The record with the estimate against its target, and d per completion."""
-    d = log_ratio(seen, config.score_unit)
-    lam = config.hyperparameters.get("lam", 0.0)
-    record |= gap_summary(d, seen.advantage, lam, config.scope, seen.group)
+    reading = config.reading
+    read = log_ratio if reading.use_reference else score
+    d = read(seen, reading.score_unit)
+    record |= gap_summary(d, seen.advantage, reading.lam, reading.scope, seen.group)
     if config.old_views:  # replicates share the noise of the many views: their spread is not all
         record |= {"mask_sd": None, "reliability": None}
     return record, d.mean(0)

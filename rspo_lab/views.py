@@ -24,7 +24,8 @@ class Views:
 
     masks: Masks
     reference: Float[Tensor, "M U L"] | None
-    old: Float[Tensor, "M U L"] | None = None  # None: the policy as it is at this update
+    old: Float[Tensor, "M U L"] | None = None  # by the rollout's policy; None: nobody asked
+    old_is_policy: bool = False  # at the first update `old` is the policy itself
     old_log_ratio: Float[Tensor, " U"] | None = None  # of two levels, see objectives.log_ratio
     forwards: float = 0.0  # forward passes per distinct completion so far, of any model
 
@@ -53,7 +54,8 @@ def one_level_views(
         fixed = scored(reference, masks) if method.reference else None
         old = scored(policy, masks) if method.old and inner else None
         models = sum(token_logp is not None for token_logp in (fixed, old))
-        drawn.append(Views(masks, fixed, old, forwards=models * masks.forward_passes))
+        first = method.old and inner == 0
+        drawn.append(Views(masks, fixed, old, first, forwards=models * masks.forward_passes))
     return drawn
 
 

@@ -125,7 +125,9 @@ def test_memory_does_not_grow_with_views_for_a_token_level_loss():
 
             def run(masks=masks, slice_size=slice_size):
                 def loss_of(token_logp):
-                    return token_clip(evidence(rollouts, Views(masks, None), token_logp))
+                    return token_clip(
+                        evidence(rollouts, Views(masks, None, old_is_policy=True), token_logp)
+                    )
 
                 accumulate_gradient(model, rollouts.distinct, masks, loss_of, slice_size)
 

@@ -7,7 +7,6 @@ tokens.  Nats, nats^2.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -20,7 +19,7 @@ from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.measure.score_noise import TABLED, table_anova, table_estimates
 from rspo_lab.models.diffusion_lm import DiffusionLM
-from rspo_lab.objectives import relative_score
+from rspo_lab.objectives import in_unit, relative_score
 from rspo_lab.oracle import subset_tables, table_elbo
 from rspo_lab.policies import load_trained, trained_run
 from rspo_lab.random_streams import generator
@@ -189,7 +188,8 @@ def gap_points(
 
     Columns: problem, reward, advantage A, d (on `views` masks, which equal completions share),
     d_exact = E d, and from `objectives.relative_score` d_hat, target, gap, weight and flipped,
-    centred over these completions with the run's own scope.  Nats of the whole completion.
+    centred over these completions with the run's own scope, in the run's own unit; d and d_exact
+    are nats of the whole completion.
 
     ValueError for lam <= 0 and for a number of views that the design cannot make.
     """
@@ -203,8 +203,9 @@ def gap_points(
     d = table_estimates(tables, valid, masks)[0][which].double()
     advantage = rollouts.advantage.double().cpu()
     group = rollouts.group.cpu()
-    scope: Any = measured.config.scope
-    terms = relative_score(d[None], advantage, lam=lam, scope=scope, group=group)
+    reading = measured.config.reading
+    read = in_unit(d[None], rollouts.batch.valid.cpu(), reading.score_unit)
+    terms = relative_score(read, advantage, lam=lam, scope=reading.scope, group=group)
     columns = {
         "problem": group,
         "reward": rollouts.reward,

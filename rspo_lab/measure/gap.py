@@ -15,9 +15,10 @@ import pandas as pd
 import torch
 
 from rspo_lab.batch import Batch
+from rspo_lab.config import Reading
 from rspo_lab.estimators import Denoiser, log_ratio_draws
 from rspo_lab.masks.designs import design as design_named
-from rspo_lab.objectives import RelativeScore, relative_score
+from rspo_lab.objectives import RelativeScore, in_unit, relative_score
 from rspo_lab.oracle import exact_scores
 from rspo_lab.policies import TrainedRun
 from rspo_lab.random_streams import generator
@@ -84,21 +85,24 @@ def through_training(
         samples = gap_samples(
             policy, reference, rollouts.batch, design=design, views=views, seed=seed
         )
-        frames.append(_against_target(samples, rollouts, lam, run.config.scope).assign(step=step))
+        frames.append(_against_target(samples, rollouts, lam, run.config.reading).assign(step=step))
         on_policy(done, len(steps))
     return pd.concat(frames, ignore_index=True)
 
 
 def _against_target(
-    samples: pd.DataFrame, rollouts: Rollouts, lam: float, scope: str
+    samples: pd.DataFrame, rollouts: Rollouts, lam: float, reading: Reading
 ) -> pd.DataFrame:
-    """The samples with their problem, reward and advantage, and the estimate against its target."""
+    """The samples with their problem, reward and advantage, and the estimate against its target.
+
+    d_hat, target, gap and weight are in the run's own unit, that of lam.
+    """
 
     def terms_of(column: str) -> RelativeScore:
         d = torch.tensor(samples[column].to_numpy())[None]
-        advantage = rollouts.advantage
-        how = {"lam": lam, "scope": scope, "group": rollouts.group}
-        return relative_score(d, advantage, **how)
+        d = in_unit(d, rollouts.batch.valid.cpu(), reading.score_unit)
+        how = {"lam": lam, "scope": reading.scope, "group": rollouts.group}
+        return relative_score(d, rollouts.advantage, **how)
 
     estimated = terms_of("d")
     return samples.assign(

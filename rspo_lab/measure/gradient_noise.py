@@ -77,7 +77,7 @@ class Redraw:
     """One update's gradient on masks of its own."""
 
     gradient: Float[Tensor, " N"]
-    d: Float[Tensor, " B"]  # log-ratio estimates, nats
+    d: Float[Tensor, " B"] | None  # log-ratio estimates, nats; None without a reference
     cost: float  # views of one level per completion
     seconds: float
 
@@ -170,11 +170,12 @@ def _redraw(
     scored = time.perf_counter()
     gradient, token_logp = _gradient(config, moved, rollouts, last)
     seen = evidence(rollouts, last, token_logp)
-    d = log_ratio(seen, config.score_unit).mean(0)
+    reads = config.method.reference
+    d = log_ratio(seen, config.reading.score_unit).mean(0).double().cpu() if reads else None
     forwards = 3 * last.masks.forward_passes + last.forwards
     return Redraw(
         gradient=gradient,
-        d=d.double().cpu(),
+        d=d,
         cost=forwards * len(rollouts.distinct) / len(rollouts) / FORWARDS,
         seconds=time.perf_counter() - scored + (scored - began) / config.inner_steps,
     )
@@ -186,15 +187,21 @@ def _noise_quantities(draws: list[Redraw], rollouts: Rollouts) -> list[tuple]:
     gradients = torch.stack([draw.gradient for draw in draws])
     spread = (gradients - gradients.mean(0)).square().sum(1) * n / (n - 1)
     products = (gradients * (gradients.sum(0) - gradients)).sum(1) / (n - 1)
-    variance, error = variance_se(torch.stack([draw.d for draw in draws]))
-    d_error = _repeated_error(error, rollouts.which.cpu())
     seconds = torch.tensor([draw.seconds for draw in draws])
     return [
         ("var_gradient", spread.mean(), spread.std() / n**0.5),
         ("mean_gradient_sq", products.mean(), 2 * products.std() / n**0.5),
-        ("var_d_rollouts", variance.mean(), d_error),
+        *_noise_of_d([draw.d for draw in draws if draw.d is not None], rollouts),
         ("seconds", seconds.median(), seconds.std() / n**0.5),
     ]
+
+
+def _noise_of_d(draws: list[Tensor], rollouts: Rollouts) -> list[tuple]:
+    """The row of the variance of d, if the method has one."""
+    if not draws:
+        return []
+    variance, error = variance_se(torch.stack(draws))
+    return [("var_d_rollouts", variance.mean(), _repeated_error(error, rollouts.which.cpu()))]
 
 
 def _gradient(
