@@ -43,9 +43,9 @@ class Journal:
         self.run = run
         self.on_step = on_step
         self.writes = world.rank == 0
+        _keep_plugins(config.plugins, run.path / "plugins.py", writes=self.writes)
         if self.writes:
             write_json(run.path / "config.json", asdict(config))
-            _keep_plugins(config.plugins, run.path / "plugins.py")
         self.history, profiles = world.first(lambda: self._kept(done))
         self.profile = _profile(profiles[-1]) if profiles else None
 
@@ -100,18 +100,22 @@ class Journal:
         return read_jsonl(files["metrics"]), read_jsonl(files["profile"])
 
 
-def _keep_plugins(file: str, copy: Path) -> None:
-    """Copy a run's file of plugins; ValueError if the run began with another content of it."""
+def _keep_plugins(file: str, copy: Path, *, writes: bool) -> None:
+    """Copy a run's file of plugins; ValueError if the run began with another content of it.
+
+    All processes look, so that none waits for another that has refused; the first one copies.
+    """
     if not file:
         return
     source = Path(file).expanduser()
-    if not copy.exists():
-        shutil.copy(source, copy)
-    elif copy.read_bytes() != source.read_bytes():
+    if copy.exists() and copy.read_bytes() != source.read_bytes():
         raise ValueError(
-            f"{file} has changed since this run began with {copy}: use another run folder, or take "
-            "that copy as plugins"
+            f"{file} has changed since this run began, with what {copy} holds: put that back, or "
+            "use another run folder"
         )
+    if writes and not copy.exists():
+        with replacing(copy) as new:
+            shutil.copy(source, new)
 
 
 def completions_table(folder: Path) -> pd.DataFrame:
