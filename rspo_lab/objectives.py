@@ -201,7 +201,8 @@ class Method:
 
     loss: Callable[..., Loss]
     advantage: str = "standardized"  # a name of advantages.ADVANTAGES
-    design: str = "count"  # a name of masks.DESIGNS
+    design: str = "count"  # a name of masks.DESIGNS or masks.path.PATH_DESIGNS
+    views: int = 2  # masked views per distinct completion; 1 for designs without randomness
     inner_steps: int = 1  # updates on one rollout
     old: bool = False  # whether the loss looks at the log-probs of the rollout's policy
     reference: bool = True  # whether the frozen reference is scored; without it no d is logged
@@ -220,4 +221,6 @@ class Method:
 METHODS: dict[str, Method] = {
     "rspo": Method(rspo),
     "reinforce_elbo": Method(reinforce_elbo),
+    "rspo_path": Method(rspo, design="path", views=1),
+    "reinforce_path": Method(reinforce_elbo, design="path", views=1),
 }

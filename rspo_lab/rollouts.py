@@ -14,6 +14,7 @@ from rspo_lab.advantages import ADVANTAGES, uninformative
 from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
 from rspo_lab.decoding import complete, rewards
+from rspo_lab.masks.designs import on_path
 from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.random_streams import generator
 from rspo_lab.sampler import Rollout
@@ -22,7 +23,10 @@ from rspo_lab.tasks import task as task_named
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions and what was made of them; equal ones are scored once, as one of `distinct`."""
+    """Completions and what was made of them; equal ones are scored once, as one of `distinct`.
+
+    Scored along their paths, completions are equal if they were also written in the same steps.
+    """
 
     examples: list  # the problem of every completion
     batch: Batch
@@ -57,6 +61,8 @@ def roll_out(
         cache=config.cache,
         **text_format(config),
     )
+    if on_path(config.design):
+        batch = replace(batch, step=rollout.step, surprisal=-rollout.confidence.log())
     verified = rewards(policy, task, examples, batch.completion, style=config.style)
     reward = torch.tensor(verified, dtype=torch.float64)
     advantage = ADVANTAGES[config.advantage](reward, config.group)

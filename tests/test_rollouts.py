@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from rspo_lab.config import TrainConfig
+from rspo_lab.estimators import token_logps
 from rspo_lab.models.loading import load
 from rspo_lab.rollouts import fixed_rollouts, roll_out
 from rspo_lab.tasks import sudoku
+from rspo_lab.views import draw_masks
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +52,27 @@ def test_a_rollout_of_silent_groups_alone_is_empty(policy):
     rollouts = roll_out(chosen, policy, problems, torch.Generator())
     assert len(rollouts) == len(rollouts.distinct) == len(rollouts.which) == 0
     assert rollouts.record["zero_variance_groups"] == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(threshold=1.0),
+        dict(threshold=0.3, block=8),
+        dict(threshold=1.0, block=4, decode_steps=8, temperature=1.5),
+    ],
+)
+def test_the_path_score_is_what_the_sampler_recorded(policy, changes):
+    """The log-probs at the rollout's states are those by which its tokens were written."""
+    chosen = config(objective="reinforce_path", group=4, **changes)
+    rollouts = roll_out(
+        chosen, policy, sudoku.examples("train", 6, seed=0), torch.Generator().manual_seed(1)
+    )
+    distinct = rollouts.distinct
+    masks = draw_masks(chosen, rollouts, None, 1, (0,))
+    with torch.no_grad():
+        score = masks.elbo(token_logps(policy, distinct, masks))
+    written = -distinct.surprisal.double().where(distinct.valid, 0.0).sum(1)
+    torch.testing.assert_close(score[0].double(), written, rtol=0, atol=1e-4)
+    assert len(distinct) > len(distinct.completion.unique(dim=0))  # two paths to one completion
