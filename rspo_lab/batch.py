@@ -49,7 +49,7 @@ class Batch:
         return self.rows(first), which
 
     def key(self) -> Int[Tensor, "B S"]:
-        """One row of numbers per sequence, equal where sequences and the paths to them are equal."""
+        """One row of numbers per sequence, equal where sequences and their paths are equal."""
         parts = [self.prompt, self.prompt_valid, self.completion, self.valid]
         return torch.cat(parts if self.step is None else [*parts, self.step], 1)
 

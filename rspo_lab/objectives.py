@@ -204,6 +204,7 @@ class Method:
     design: str = "count"  # a name of masks.DESIGNS or masks.path.PATH_DESIGNS
     views: int = 2  # masked views per distinct completion; 1 for designs without randomness
     inner_steps: int = 1  # updates on one rollout
+    branches: int = 0  # completions from one random state of every rollout, for `process_reward`
     old: bool = False  # whether the loss looks at the log-probs of the rollout's policy
     reference: bool = True  # whether the frozen reference is scored; without it no d is logged
 

@@ -48,26 +48,17 @@ def roll_out(
 
     With zero_variance = "skip" the groups whose rewards agree are left out; the record counts them.
     """
-    task = task_named(config.task)
     examples = [problem for problem in problems for _ in range(config.group)]
-    batch, rollout = complete(
-        policy,
-        task,
-        examples,
-        temperature=config.temperature,
-        threshold=config.threshold,
-        steps=config.decode_steps,
-        generator=generator,
-        cache=config.cache,
-        **text_format(config),
-    )
+    batch, rollout, reward = _verified(config, policy, examples, generator)
     if on_path(config.design):
         batch = replace(batch, step=rollout.step, surprisal=-rollout.confidence.log())
-    verified = rewards(policy, task, examples, batch.completion, style=config.style)
-    reward = torch.tensor(verified, dtype=torch.float64)
     advantage = ADVANTAGES[config.advantage](reward, config.group)
     silent = uninformative(reward, config.group)
     record = _record(batch, rollout, reward, advantage, silent, policy.tokenizer.eos_token_id)
+    if config.method.branches:
+        process, forwards = process_reward(config, policy, examples, rollout, reward, generator)
+        advantage = advantage + process.where(advantage > 0, 0.0)
+        record["decoding_forwards"] += forwards
     group = torch.arange(len(batch)) // config.group
     kept = torch.arange(len(batch))
     if config.zero_variance == "skip":
@@ -84,6 +75,60 @@ def roll_out(
         advantage=advantage[kept],
         record=record,
     )
+
+
+def process_reward(
+    config: TrainConfig,
+    policy: DiffusionLM,
+    examples: list,
+    rollout: Rollout,
+    reward: Float[Tensor, " B"],
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, " B"], float]:
+    """(what a rollout's first steps were worth, decoding steps that finding out took per rollout).
+
+    The mean reward of `Method.branches` completions from the rollout's state before one random step
+    of it, less the mean reward of its group, whose completions start from nothing.  The state after
+    its first step is the earliest, the one before its last the latest.  (SAPO, arXiv:2510.01544:
+    R_process with t2 at the start; the law of the step is not known, ours is uniform)
+    """
+    last = rollout.step.amax(1)
+    coin = torch.rand(len(last), generator=generator, dtype=torch.float64).to(last.device)
+    start = 1 + (coin * last).floor().long()
+    start = torch.minimum(start, last)[:, None]
+    state = rollout.completion.masked_fill(rollout.step >= start, policy.mask_id)
+    branches = config.method.branches
+    again = [example for example in examples for _ in range(branches)]
+    canvas = state.repeat_interleave(branches, 0)
+    _, branch, worth = _verified(config, policy, again, generator, canvas)
+    mean = reward.reshape(-1, config.group).mean(1).repeat_interleave(config.group)
+    forwards = branches * branch.forwards.double().mean().item()
+    return worth.reshape(-1, branches).mean(1) - mean, forwards
+
+
+def _verified(
+    config: TrainConfig,
+    policy: DiffusionLM,
+    examples: list,
+    generator: torch.Generator,
+    canvas: Int[Tensor, "B L"] | None = None,
+) -> tuple[Batch, Rollout, Float[Tensor, " B"]]:
+    """A sampled completion per example, how it was decoded, its reward; from a canvas if given."""
+    task = task_named(config.task)
+    batch, rollout = complete(
+        policy,
+        task,
+        examples,
+        temperature=config.temperature,
+        threshold=config.threshold,
+        steps=config.decode_steps,
+        generator=generator,
+        cache=config.cache,
+        canvas=canvas,
+        **text_format(config),
+    )
+    verified = rewards(policy, task, examples, batch.completion, style=config.style)
+    return batch, rollout, torch.tensor(verified, dtype=torch.float64)
 
 
 def fixed_rollouts(
