@@ -35,7 +35,8 @@ def complete(
     """One completion per example: the batch that estimators score, and how it was decoded.
 
     In compact style decoding starts from the task's canvas, and only the tokens written are scored;
-    else it starts from all masks; a `canvas` of one's own comes before both.  A length, block or number of steps of 0: the canvas's length.
+    else it starts from all masks; a `canvas` of one's own comes before both.  A length, block or
+    number of steps of 0: the canvas's length.
     cache: one of `schedule.CACHES`.
     """
     prompt, prompt_valid = model.encode(prompts(model, task, examples, style))

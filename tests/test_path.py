@@ -52,21 +52,29 @@ CELLS = 60  # of a uniform number: every edge of a cell below is a multiple of 1
 
 
 def weights(name, views, numbers, monkeypatch):
-    """{(hidden, scored): expected weight} of one path of five steps, over the given numbers."""
+    """{(hidden, scored): expected weight} of a path of five steps, over the given numbers.
+
+    A path of seven stands beside it, so that nothing depends on the longest.
+    """
     total = defaultdict(float)
     for values in numbers:
         given = torch.tensor(values, dtype=torch.float64)
 
         def uniform(shape, generator, given=given):
-            return given.reshape(shape)
+            if shape[1] == 2:  # of each path
+                return given[:, None].expand(shape)
+            return torch.nn.functional.pad(given, (0, 2), value=0.99).expand(shape)
 
         monkeypatch.setattr(module, "uniform", uniform)
-        step = torch.tensor([[3, 0, 1, 2, 4]])
-        surprisal = torch.tensor([[1.0, 2.0, 0.0, 7.0, 0.0]])
-        masks = draw(name, views, step, torch.ones(1, 5, dtype=torch.bool), surprisal)
-        for hidden, scored, weight in zip(masks.hidden, masks.scored, masks.weight):
+        step = torch.tensor([[3, 0, 1, 2, 4, -1, -1], [6, 5, 4, 3, 2, 1, 0]])
+        surprisal = torch.tensor([[1.0, 2.0, 0.0, 7.0, 0.0, 0.0, 0.0], [1.0] * 7])
+        masks = draw(name, views, step, step >= 0, surprisal)
+        for hidden, scored, weight in zip(
+            *(x[:, 0] for x in (masks.hidden, masks.scored)), masks.weight[:, 0]
+        ):
             if hidden.any():
-                total[sets(hidden)[0], sets(scored)[0]] += weight.item() / len(numbers)
+                key = tuple(tuple(x.nonzero()[:, 0].tolist()) for x in (hidden, scored))
+                total[key] += weight.item() / len(numbers)
     return total
 
 

@@ -98,8 +98,8 @@ def path_systematic(
     """
     used_tokens(valid, views)
     rank, steps = _ranked_steps(valid, step)
-    ones = torch.ones(len(valid), int(steps.max()), dtype=torch.float64)
-    return _proportional(valid, step, rank, steps, ones, views, generator)
+    even = (torch.arange(int(steps.max())) < steps[:, None]).double()
+    return _proportional(valid, step, rank, steps, even, views, generator)
 
 
 def path_surprising(
