@@ -10,7 +10,7 @@ from rspo_lab.config import TrainConfig
 from rspo_lab.decoding import complete
 from rspo_lab.estimators import token_logps
 from rspo_lab.models.loading import load
-from rspo_lab.objectives import METHODS, Method, reinforce_elbo
+from rspo_lab.objectives import METHODS, Method, reinforce
 from rspo_lab.rollouts import fixed_rollouts, process_reward, roll_out
 from rspo_lab.tasks import sudoku
 from rspo_lab.views import draw_masks
@@ -86,7 +86,7 @@ def test_the_path_score_is_what_the_sampler_recorded(policy, changes):
 @pytest.fixture
 def branching(monkeypatch):
     """A method that branches twice from one state of every rollout."""
-    monkeypatch.setitem(METHODS, "branching", Method(reinforce_elbo, branches=2))
+    monkeypatch.setitem(METHODS, "branching", Method(reinforce, branches=2))
 
 
 def test_branches_start_from_a_state_of_their_rollout(policy, branching, monkeypatch):

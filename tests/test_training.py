@@ -22,7 +22,7 @@ from rspo_lab import config as config_module
 from rspo_lab import policies, rollouts, training, two_level, update, views
 from rspo_lab.config import TrainConfig
 from rspo_lab.models.loading import load
-from rspo_lab.objectives import METHODS, Method, reinforce_elbo, rspo
+from rspo_lab.objectives import METHODS, Method, reinforce, rspo
 from rspo_lab.policies import load_trained, reference_of, trained_run
 from rspo_lab.rollouts import fixed_rollouts
 from rspo_lab.tasks import sudoku
@@ -284,7 +284,7 @@ def test_a_method_without_a_reference_scores_none_and_logs_no_d(base, tmp_path, 
     """Three forwards per view (policy, and a backward that is two), and no file of completions."""
 
     def ascent(evidence, *, score_unit: str):
-        return reinforce_elbo(evidence, score_unit=score_unit)
+        return reinforce(evidence, score_unit=score_unit)
 
     monkeypatch.setitem(METHODS, "ascent", Method(ascent, reference=False))
     records = train(config(base, steps=2, objective="ascent"), Folder(tmp_path / "run"))
