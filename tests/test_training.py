@@ -220,6 +220,9 @@ def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_p
         dict(threshold=0.1),
         dict(cache="dual", block=4, threshold=1.0),
         dict(attention="eager"),
+        dict(objective="reinforce_path", views=0),
+        dict(objective="rspo_path", views=0, threshold=0.3, inner_steps=2),
+        dict(design="path_surprising", views=2, block=4),
     ],
 )
 def test_every_option_trains(base, tmp_path, changes):
