@@ -6,7 +6,7 @@ Shapes: B sequences, P prompt tokens (left-padded), L completion tokens.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -15,23 +15,28 @@ class Batch:
     """Token ids with what is text and what is padding.
 
     `valid` marks the completion tokens up to and including the first end-of-text; only these are
-    ever hidden or scored, the others stay visible as they are.  `prompt_valid` is False on left
-    padding, which no position attends to.
+    ever scored.  Mask designs hide no others, which stay visible as they are; the states of a
+    rollout (`masks.path`) do.  `prompt_valid` is False on left padding, which no position attends
+    to.
+
+    A batch that is scored along its rollout carries how each token was written, None else.  step:
+    the denoising step, counted from 0; -1 if the token stood there before.  surprisal: -log of its
+    probability when it was written, nats.
     """
 
     prompt: Int[Tensor, "B P"]
     prompt_valid: Bool[Tensor, "B P"]
     completion: Int[Tensor, "B L"]
     valid: Bool[Tensor, "B L"]
+    step: Int[Tensor, "B L"] | None = None
+    surprisal: Float[Tensor, "B L"] | None = None
 
     def __len__(self) -> int:
         return self.completion.shape[0]
 
     def rows(self, index: Tensor | slice | list[int]) -> "Batch":
         """The rows `index` (ids, a slice, or a bool mask) as a batch of its own."""
-        return Batch(
-            self.prompt[index], self.prompt_valid[index], self.completion[index], self.valid[index]
-        )
+        return Batch(*(None if field is None else field[index] for field in self._fields))
 
     def distinct(self) -> tuple["Batch", Int[Tensor, " B"]]:
         """(the rows that differ, which of them each row is).
@@ -44,13 +49,23 @@ class Batch:
         return self.rows(first), which
 
     def key(self) -> Int[Tensor, "B S"]:
-        """One row of numbers per sequence, equal where sequences are equal."""
-        return torch.cat([self.prompt, self.prompt_valid, self.completion, self.valid], 1)
+        """One row of numbers per sequence, equal where sequences and their paths are equal."""
+        parts = [self.prompt, self.prompt_valid, self.completion, self.valid]
+        return torch.cat(parts if self.step is None else [*parts, self.step], 1)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        return Batch(
-            *(t.to(device) for t in (self.prompt, self.prompt_valid, self.completion, self.valid))
+        return Batch(*(None if field is None else field.to(device) for field in self._fields))
+
+    @property
+    def _fields(self) -> tuple[Tensor | None, ...]:
+        return (
+            self.prompt,
+            self.prompt_valid,
+            self.completion,
+            self.valid,
+            self.step,
+            self.surprisal,
         )
 
 

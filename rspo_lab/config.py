@@ -12,6 +12,7 @@ import torch
 from rspo_lab.advantages import ADVANTAGES
 from rspo_lab.masks.base import Masks
 from rspo_lab.masks.designs import design as design_named
+from rspo_lab.masks.designs import on_path, path_design
 from rspo_lab.models.loading import find
 from rspo_lab.objectives import METHODS, Method, Scope
 from rspo_lab.plugins import load_plugins
@@ -89,8 +90,8 @@ class TrainConfig:
     hyper: dict | None = None  # the method's own hyperparameters, by name
 
     # masks
-    design: str = ""  # a name of masks.DESIGNS such as bsc(0.5, 0.5), or auto; "" is the method's
-    views: int = 2  # masked views per distinct completion, K
+    design: str = ""  # of masks.DESIGNS such as bsc(0.5, 0.5), path, auto; "" is the method's
+    views: int = 0  # masked views per distinct completion, K; 0 is the method's
     old_views: int = 0  # above 0: d in two levels, its second part on this many views per rollout
     allocate: bool = False  # more views for completions of larger updates, measured on old_views
 
@@ -125,7 +126,7 @@ class TrainConfig:
         object.__setattr__(self, "hyper", self.hyper or {})
         if self.objective not in METHODS:
             self._refuse("objective", METHODS)
-        for name in ("advantage", "design", "inner_steps"):
+        for name in ("advantage", "design", "views", "inner_steps"):
             if not getattr(self, name):
                 object.__setattr__(self, name, getattr(self.method, name))
         for name, choices in CHOICES.items():
@@ -191,11 +192,16 @@ class TrainConfig:
                 "old_views splits d = policy - reference in two levels: it needs objective='rspo' "
                 "and use_reference"
             )
+        if self.allocate and on_path(self.design):
+            raise ValueError("allocate shares out masks of the ELBO: it needs another design")
         if self.allocate and (not self.old_views or self.residual != "shared"):
             raise ValueError(
                 "allocate weighs completions on old_views, so set these; it needs residual='shared'"
             )
-        design = design_named("bsc" if self.design == "auto" else self.design)
+        if on_path(self.design):
+            design = self._path_design()
+        else:
+            design = design_named("bsc" if self.design == "auto" else self.design)
         numbers = [self.old_views or self.views, self.views]
         if self.allocate:
             numbers += range(1, self.views + 2)
@@ -205,6 +211,16 @@ class TrainConfig:
                 f"leave_one_out needs 2 replicates, {self.design} makes 1 of {self.views} views: "
                 "raise views, and take a design whose views are replicates, such as count"
             )
+
+    def _path_design(self) -> Callable[..., Masks]:
+        """The run's design over a rollout's states, for a completion written left to right."""
+        draw = path_design(self.design)
+
+        def of_a_path(valid, views, *, generator):
+            step = torch.arange(valid.shape[1]).expand(valid.shape)
+            return draw(valid, step, torch.ones(valid.shape), views, generator=generator)
+
+        return of_a_path
 
     def _replicates(self, design: Callable[..., Masks], views: int) -> int:
         """How many replicates a design makes of so many views; ValueError if it cannot."""

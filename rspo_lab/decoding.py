@@ -6,6 +6,8 @@ Shapes: B sequences, L completion tokens.
 from functools import partial
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from rspo_lab.batch import Batch, valid_until_end
 from rspo_lab.models.diffusion_lm import DiffusionLM
@@ -28,17 +30,19 @@ def complete(
     threshold: float,
     generator: torch.Generator,
     cache: str = "none",
+    canvas: Int[Tensor, "B L"] | None = None,
 ) -> tuple[Batch, Rollout]:
     """One completion per example: the batch that estimators score, and how it was decoded.
 
     In compact style decoding starts from the task's canvas, and only the tokens written are scored;
-    else it starts from all masks.  A length, block or number of steps of 0: the canvas's length.
+    else it starts from all masks; a `canvas` of one's own comes before both.  A length, block or
+    number of steps of 0: the canvas's length.
     cache: one of `schedule.CACHES`.
     """
     prompt, prompt_valid = model.encode(prompts(model, task, examples, style))
-    if style == "compact":
+    if canvas is None and style == "compact":
         canvas = model.encode_canvas([task.canvas(e) for e in examples])
-    else:
+    elif canvas is None:
         canvas = torch.full((len(examples), length), model.mask_id, device=model.device)
     rollout = generate(
         model.logits,

@@ -1,4 +1,4 @@
-"""The oracle: exact ELBO and log-likelihood of a masked diffusion model, by every subset of tokens.
+"""The oracle: exact ELBO and log-likelihoods of a masked diffusion model, by all sets of tokens.
 
 Shapes: B sequences, u valid tokens of one row, 2^u subsets.  float64 nats.  Shares no code with the
 estimators.
@@ -8,18 +8,28 @@ its conditional: Z({}) = 1,  Z(S) = (1/|S|) sum over i in S of q(y_i | x, y with
 i),  p(y|x) = Z(all).  (Where some tokens stand from the start, or follow an end-of-text, it is the
 likelihood of the others given them.)  The ELBO is the same recursion with the average inside the
 logarithm (Jensen), so ELBO <= log p.  (arXiv:2110.02037)
+
+The sampler that makes completions decodes in another order, so it has another likelihood:
+`sampler_logp`, by a recursion over the same subsets with the law of its steps (`sampler_law`).
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rspo_lab.batch import Batch
+from rspo_lab.sampler_law import Sampler, StepLaw, step_law
 
 MOST_TOKENS = 16
+MOST_SAMPLED = 11  # tokens per block of `sampler_logp`: 3^u pairs of a state and what it keeps
+
+# conditionals(batch, hidden): log q(. | x, y without the hidden tokens) of all ids, (B, L, V), at
+# the hidden positions (`DiffusionLM.conditionals`)
+Conditionals = Callable[[Batch, Bool[Tensor, "B L"]], Float[Tensor, "B L V"]]
 
 
 def exact_elbo(denoiser: Callable, batch: Batch, *, slice_size: int = 256) -> Float[Tensor, " B"]:
@@ -87,7 +97,7 @@ def subset_table(
             f"the oracle enumerates 2^u subsets, so it takes 1..{MOST_TOKENS} valid tokens, "
             f"not {tokens}"
         )
-    subsets = (torch.arange(2**tokens)[:, None] >> torch.arange(tokens) & 1).bool().to(where.device)
+    subsets = _subsets(tokens).to(where.device)
     length = batch.completion.shape[1]
     rows = []
     for part in subsets.split(slice_size):
@@ -118,6 +128,107 @@ def table_logp(table: Float[Tensor, "S u"]) -> Float[Tensor, ""]:
         step = step.masked_fill(~inside.to(table.device), -torch.inf).logsumexp(1) - math.log(n)
         log_z = log_z.index_put((index.to(table.device),), step)
     return log_z[-1]
+
+
+def sampler_logp(
+    conditionals: Conditionals,
+    batch: Batch,
+    written: Bool[Tensor, "B L"],
+    sampler: Sampler,
+    *,
+    slice_size: int = 256,
+) -> Float[Tensor, " B"]:
+    """log Pr[the sampler writes exactly this completion], by dynamic programming.
+
+    written: the positions that were masked at the start.  All of them count, those behind the
+    end of the text too: where a row ends early this is the probability of the whole canvas, not of
+    its valid part, which would be a sum over all that may stand behind.  Block by block, V(n, S) =
+    sum over K of Pr[step n keeps exactly K of S, with y's tokens] V(n + 1, S without K), V(end, {})
+    = 1; the value is the product over the blocks of V(0, all of the block).
+
+    A gradient flows through the conditionals.  Raises ValueError for more than MOST_SAMPLED written
+    positions in a block.
+    """
+    distinct, which = replace(batch, valid=written).distinct()
+    logp = []
+    for row in range(len(distinct)):
+        one = distinct.rows([row])
+        quotas = sampler.quotas(one.valid)[:, 0].view(-1, sampler.block_steps(written.shape[1]))
+        blocks = [
+            _block_logp(_block_law(conditionals, one, b, sampler, slice_size), quota.tolist())
+            for b, quota in enumerate(quotas)
+        ]
+        logp.append(torch.stack(blocks).sum())
+    return torch.stack(logp)[which]
+
+
+def _block_law(
+    conditionals: Conditionals, one: Batch, block: int, sampler: Sampler, slice_size: int
+) -> StepLaw:
+    """The law of a step in each of the 2^m states of a block of one row, by its m written tokens.
+
+    Bit j of the index: the j-th of them is hidden.  What comes before the block stands written,
+    what comes after is hidden.
+    """
+    place = torch.arange(one.valid.shape[1], device=one.valid.device) // sampler.block
+    where = (one.valid[0] & (place == block)).nonzero()[:, 0]
+    if len(where) > MOST_SAMPLED:
+        raise ValueError(
+            "the sampler's exact likelihood enumerates 3^m pairs of sets, so it takes at most "
+            f"{MOST_SAMPLED} written tokens per block, not {len(where)}"
+        )
+    laws = []
+    for part in _subsets(len(where)).to(where.device).split(slice_size):
+        hidden = (one.valid & (place > block)).repeat(len(part), 1)
+        hidden[:, where] = part
+        copies = one.rows(torch.zeros(len(part), dtype=torch.long, device=where.device))
+        logp = conditionals(copies, hidden)[:, where].double()
+        laws.append(step_law(logp, copies.completion[:, where], part, sampler))
+    return StepLaw(*(torch.cat(parts) for parts in zip(*(vars(law).values() for law in laws))))
+
+
+def _block_logp(law: StepLaw, quotas: list[int]) -> Float[Tensor, ""]:
+    """log Pr[the block's steps, of these quotas, write all of its tokens], from its 2^m states."""
+    states = len(law.hidden)
+    moves = {quota: _moves(law, quota) for quota in set(quotas)}
+    value = law.token.new_full((states,), -torch.inf)
+    value[0] = 0.0
+    for quota in reversed(quotas):
+        after = torch.full_like(value, -torch.inf)
+        after[0] = 0.0
+        for state, rest, logp in moves[quota]:
+            after = after.index_put((state,), _logsumexp(logp + value[rest]))
+        value = after
+    return value[-1]
+
+
+def _moves(law: StepLaw, quota: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(C states, the 2^s states (C, 2^s) that a step may lead to, their log-probs) by size s."""
+    moves = []
+    size = law.hidden.sum(1)
+    for s in range(1, law.hidden.shape[1] + 1):
+        state = (size == s).nonzero()[:, 0]
+        place = law.hidden[state].nonzero()[:, 1].view(len(state), s)
+        bits = _subsets(s).to(place.device).expand(len(state), -1, -1)
+        index = place[:, None].expand(bits.shape)
+        kept = bits.new_zeros(*bits.shape[:2], law.hidden.shape[1]).scatter(-1, index, bits)
+        own = StepLaw(*(field[state] for field in vars(law).values()))
+        logp = own.kept(kept, torch.full_like(state, quota)).sum(-1)
+        rest = state[:, None] - (bits * 2**index).sum(-1)
+        moves.append((state, rest, logp))
+    return moves
+
+
+def _subsets(tokens: int) -> Bool[Tensor, "S u"]:
+    """All 2^u subsets; bit j of the index says whether token j is in it."""
+    return (torch.arange(2**tokens)[:, None] >> torch.arange(tokens) & 1).bool()
+
+
+def _logsumexp(logp: Float[Tensor, "C k"]) -> Float[Tensor, " C"]:
+    """logsumexp over the last axis whose gradient is 0, not NaN, where all terms are -inf."""
+    possible = (logp > -torch.inf).any(-1)
+    total = logp.where(possible[:, None], 0.0).logsumexp(-1)
+    return total.masked_fill(~possible, -torch.inf)
 
 
 def _sizes_and_law(tokens: int) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"]]:

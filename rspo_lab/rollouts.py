@@ -14,6 +14,7 @@ from rspo_lab.advantages import ADVANTAGES, uninformative
 from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
 from rspo_lab.decoding import complete, rewards
+from rspo_lab.masks.designs import on_path
 from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.random_streams import generator
 from rspo_lab.sampler import Rollout
@@ -22,7 +23,10 @@ from rspo_lab.tasks import task as task_named
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions and what was made of them; equal ones are scored once, as one of `distinct`."""
+    """Completions and what was made of them; equal ones are scored once, as one of `distinct`.
+
+    Scored along their paths, completions are equal if they were also written in the same steps.
+    """
 
     examples: list  # the problem of every completion
     batch: Batch
@@ -44,24 +48,17 @@ def roll_out(
 
     With zero_variance = "skip" the groups whose rewards agree are left out; the record counts them.
     """
-    task = task_named(config.task)
     examples = [problem for problem in problems for _ in range(config.group)]
-    batch, rollout = complete(
-        policy,
-        task,
-        examples,
-        temperature=config.temperature,
-        threshold=config.threshold,
-        steps=config.decode_steps,
-        generator=generator,
-        cache=config.cache,
-        **text_format(config),
-    )
-    verified = rewards(policy, task, examples, batch.completion, style=config.style)
-    reward = torch.tensor(verified, dtype=torch.float64)
+    batch, rollout, reward = _verified(config, policy, examples, generator)
+    if on_path(config.design):
+        batch = replace(batch, step=rollout.step, surprisal=-rollout.confidence.log())
     advantage = ADVANTAGES[config.advantage](reward, config.group)
     silent = uninformative(reward, config.group)
     record = _record(batch, rollout, reward, advantage, silent, policy.tokenizer.eos_token_id)
+    if config.method.branches:
+        process, forwards = process_reward(config, policy, examples, rollout, reward, generator)
+        advantage = advantage + process.where(advantage > 0, 0.0)
+        record["decoding_forwards"] += forwards
     group = torch.arange(len(batch)) // config.group
     kept = torch.arange(len(batch))
     if config.zero_variance == "skip":
@@ -78,6 +75,60 @@ def roll_out(
         advantage=advantage[kept],
         record=record,
     )
+
+
+def process_reward(
+    config: TrainConfig,
+    policy: DiffusionLM,
+    examples: list,
+    rollout: Rollout,
+    reward: Float[Tensor, " B"],
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, " B"], float]:
+    """(what a rollout's first steps were worth, decoding steps that finding out took per rollout).
+
+    The mean reward of `Method.branches` completions from the rollout's state before one random step
+    of it, less the mean reward of its group, whose completions start from nothing.  The state after
+    its first step is the earliest, the one before its last the latest.  (SAPO, arXiv:2510.01544:
+    R_process with t2 at the start; the law of the step is not known, ours is uniform)
+    """
+    last = rollout.step.amax(1)
+    coin = torch.rand(len(last), generator=generator, dtype=torch.float64).to(last.device)
+    start = 1 + (coin * last).floor().long()
+    start = torch.minimum(start, last)[:, None]
+    state = rollout.completion.masked_fill(rollout.step >= start, policy.mask_id)
+    branches = config.method.branches
+    again = [example for example in examples for _ in range(branches)]
+    canvas = state.repeat_interleave(branches, 0)
+    _, branch, worth = _verified(config, policy, again, generator, canvas)
+    mean = reward.reshape(-1, config.group).mean(1).repeat_interleave(config.group)
+    forwards = branches * branch.forwards.double().mean().item()
+    return worth.reshape(-1, branches).mean(1) - mean, forwards
+
+
+def _verified(
+    config: TrainConfig,
+    policy: DiffusionLM,
+    examples: list,
+    generator: torch.Generator,
+    canvas: Int[Tensor, "B L"] | None = None,
+) -> tuple[Batch, Rollout, Float[Tensor, " B"]]:
+    """A sampled completion per example, how it was decoded, its reward; from a canvas if given."""
+    task = task_named(config.task)
+    batch, rollout = complete(
+        policy,
+        task,
+        examples,
+        temperature=config.temperature,
+        threshold=config.threshold,
+        steps=config.decode_steps,
+        generator=generator,
+        cache=config.cache,
+        canvas=canvas,
+        **text_format(config),
+    )
+    verified = rewards(policy, task, examples, batch.completion, style=config.style)
+    return batch, rollout, torch.tensor(verified, dtype=torch.float64)
 
 
 def fixed_rollouts(

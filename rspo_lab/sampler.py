@@ -93,7 +93,7 @@ def generate(
         span = (width + here.start, width + here.stop)
         step_logits = _step_logits(logits, cached_logits, prompt_valid, *span)
         masked = own.completion[:, here] == mask_id
-        quota = _quota(masked.sum(1), steps_per_block)
+        quota = quotas(masked.sum(1), steps_per_block)
         for n in range(steps_per_block):
             uniform = torch.rand(rows, block, generator=generator, dtype=torch.float64)[mine]
             open_rows = masked.any(1).nonzero()[:, 0]
@@ -130,7 +130,7 @@ def _unwritten(completion: Int[Tensor, "B L"]) -> Rollout:
     )
 
 
-def _quota(masked: Int[Tensor, " B"], steps: int) -> Int[Tensor, "n B"]:
+def quotas(masked: Int[Tensor, " B"], steps: int) -> Int[Tensor, "n B"]:
     """How many of its masked tokens each row keeps at each of a block's steps."""
     step = torch.arange(steps, device=masked.device)[:, None]
     return masked // steps + (step < masked % steps)

@@ -19,7 +19,6 @@ from rspo_lab.design_choice import CountProfile, count_profile
 from rspo_lab.distributed import ALONE, World
 from rspo_lab.estimators import Denoiser, elbo_draws
 from rspo_lab.journal import Journal
-from rspo_lab.masks.designs import design
 from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.policies import policies
 from rspo_lab.random_streams import generator
@@ -27,7 +26,7 @@ from rspo_lab.rollouts import Rollouts, fixed_rollouts, roll_out, text_format
 from rspo_lab.runs.interrupts import noted
 from rspo_lab.tasks import task as task_named
 from rspo_lab.update import update, views_of_updates
-from rspo_lab.views import design_name
+from rspo_lab.views import draw_masks
 
 
 class Preempted(RuntimeError):
@@ -213,10 +212,10 @@ def problem_sets(config: TrainConfig) -> tuple[list, list]:
 def starting_point(config: TrainConfig) -> dict[str, float]:
     """The largest |d| before training: 0 on shared masks, mask noise on independent ones."""
     policy, reference = policies(config)
-    batch = fixed_rollouts(config, policy, prompts=2, group=4, seed=config.seed).batch
-    draw = design(design_name(config, None, config.views))
+    rollouts = fixed_rollouts(config, policy, prompts=2, group=4, seed=config.seed)
+    batch = rollouts.distinct
     first, second = (
-        draw(batch.valid.cpu(), config.views, generator=generator(config.seed, "start", i))
+        draw_masks(config, rollouts, None, config.views, (config.seed, "start", i))
         for i in range(2)
     )
     with torch.no_grad():

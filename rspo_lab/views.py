@@ -13,7 +13,7 @@ from rspo_lab.config import TrainConfig
 from rspo_lab.design_choice import CountProfile, recommend_design
 from rspo_lab.estimators import Denoiser, token_logps
 from rspo_lab.masks.base import Masks
-from rspo_lab.masks.designs import design
+from rspo_lab.masks.designs import design, on_path, path_design
 from rspo_lab.random_streams import generator
 from rspo_lab.rollouts import Rollouts
 
@@ -68,7 +68,15 @@ def draw_masks(
 ) -> Masks:
     """Masks of the distinct completions, of the run's design, drawn by `key`."""
     name = design_name(config, profile, views)
-    return design(name)(rollouts.distinct.valid.cpu(), views, generator=generator(*key))
+    distinct = rollouts.distinct
+    valid = distinct.valid.cpu()
+    draw = generator(*key)
+    if not on_path(name):
+        return design(name)(valid, views, generator=draw)
+    if distinct.step is None or distinct.surprisal is None:
+        raise ValueError(f"design {name!r} needs rollouts that carry their steps")
+    step = distinct.step.cpu()
+    return path_design(name)(valid, step, distinct.surprisal.cpu(), views, generator=draw)
 
 
 def design_name(config: TrainConfig, profile: CountProfile | None, views: int) -> str:

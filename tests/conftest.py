@@ -54,10 +54,17 @@ def table_denoiser(tokens: int, vocabulary: int, seed: int) -> torch.nn.Module:
             )
 
         def forward(self, batch, hidden):
-            context = batch.completion.masked_fill(hidden, vocabulary)
+            logp = self.conditionals(batch, hidden)
+            return logp.gather(-1, batch.completion[..., None])[..., 0]
+
+        def conditionals(self, batch, hidden):
+            """All ids' log-probs at the hidden positions, 0 elsewhere."""
+            logits = self.of_context(batch.completion.masked_fill(hidden, vocabulary))
+            return logits.log_softmax(-1).where(hidden[..., None], 0.0)
+
+        def of_context(self, context):
             power = (vocabulary + 1) ** torch.arange(tokens)
-            logp = self.logits[(context * power).sum(1)].log_softmax(-1)
-            return logp.gather(-1, batch.completion[..., None])[..., 0].where(hidden, 0.0)
+            return self.logits[(context * power).sum(1)]
 
     return Table()
 

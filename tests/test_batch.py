@@ -1,5 +1,7 @@
 """Equal rows are found whatever their order, and each row finds its representative."""
 
+from dataclasses import replace
+
 import torch
 from conftest import completions
 
@@ -14,7 +16,7 @@ def test_distinct_rows_stand_for_all():
     distinct, which = batch.distinct()
     assert len(distinct) == 3 and which[0] == which[2] != which[3] and which[1] == which[4]
     back = distinct.rows(which)
-    for name in Batch.__dataclass_fields__:
+    for name in ("prompt", "prompt_valid", "completion", "valid"):
         assert torch.equal(getattr(back, name), getattr(batch, name))
 
 
@@ -22,3 +24,12 @@ def test_rows_of_other_prompts_differ():
     batch = completions([[0, 1], [0, 1]])
     other = Batch(torch.tensor([[0], [1]]), batch.prompt_valid, batch.completion, batch.valid)
     assert len(other.distinct()[0]) == 2
+
+
+def test_other_paths_are_other_rows():
+    batch = completions([[1, 2], [1, 2], [1, 2]])
+    step = torch.tensor([[0, 1], [1, 0], [0, 1]])
+    distinct, which = replace(batch, step=step, surprisal=torch.rand(3, 2)).distinct()
+    assert len(distinct) == 2 and which[0] == which[2] != which[1]
+    assert torch.equal(distinct.to("cpu").rows(which).step, step)
+    assert distinct.surprisal.shape == (2, 2)

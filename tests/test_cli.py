@@ -186,7 +186,7 @@ def test_the_package_itself_imports_nothing():
 def test_a_methods_own_hyperparameters_are_listed_and_given_by_name(monkeypatch, capsys):
     make(Path("notebooks"), "run.finish()", parameters=METHOD_PARAMETERS)
     Path("objectives.py").write_text(METHODS)
-    monkeypatch.setattr(parameters, "OBJECTIVES", Path("objectives.py"))
+    monkeypatch.setattr(parameters, "OBJECTIVES", [Path("objectives.py")])
     run = ["run", "notebooks/demo.ipynb", "-p", "objective", "espo"]
     assert main([*run, "-p", "clip", "0.3", "--list"]) == 0
     assert capsys.readouterr().out.splitlines()[-4:] == [

@@ -3,6 +3,7 @@ be refused.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,25 @@ def test_scores_equal_the_full_logits(model):
     )
     assert torch.allclose(model(batch, hidden), expected, atol=1e-5)
     assert (model.logits(ids, batch.prompt_valid, 3, 9)[..., model.mask_id] == -torch.inf).all()
+
+
+def test_conditionals_hold_the_scores_of_all_ids(model):
+    """The completion's own are what `forward` gives; also at positions that are not valid; a slice
+    is a part of the whole; other positions hold 0.
+    """
+    batch = example_batch(model, ["12=", "34="])
+    batch = replace(batch, valid=torch.zeros_like(batch.valid))
+    hidden = torch.tensor([[True, False, True, True, False, True], [False] * 3 + [True] * 3])
+    logp = model.conditionals(batch, hidden)
+    own = logp.gather(-1, batch.completion[..., None])[..., 0]
+    assert torch.allclose(own, model(batch, hidden), atol=1e-6)
+    assert torch.allclose(logp[hidden].exp().sum(-1), torch.tensor(1.0))
+    assert (logp[hidden][:, model.banned] == -torch.inf).all() and (logp[~hidden] == 0).all()
+    part = model.conditionals(batch, hidden, slice(2, 5))
+    assert torch.equal(part, logp[:, 2:5])
+    logp[0, 0, batch.completion[0, 0]].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    model.zero_grad()
 
 
 def test_left_padding_changes_no_score(model):

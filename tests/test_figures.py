@@ -10,7 +10,6 @@ import matplotlib
 import pandas as pd
 import pytest
 
-from rspo_lab import objectives
 from rspo_lab.config import TrainConfig
 from rspo_lab.figures.base_model import decoding_figure
 from rspo_lab.figures.comparison import cost_figure, learning_figure, variant_styles
@@ -18,6 +17,7 @@ from rspo_lab.figures.style import design_styles
 from rspo_lab.figures.train import pairs_figure, training_figure
 from rspo_lab.journal import completions_table
 from rspo_lab.masks.designs import DESIGNS
+from rspo_lab.objectives import weighted
 from rspo_lab.statistics import mean_interval, wilson
 from rspo_lab.training import train
 
@@ -43,13 +43,13 @@ def drawn(axis):
 def test_pairs_are_the_estimates_that_the_loss_had(tmp_path, monkeypatch, lam):
     """A run centred per prompt: centring over the batch would draw other points."""
     terms = []
-    true = objectives.relative_score
+    true = weighted.relative_score
 
     def recorded(*args, **kwargs):
         terms.append(true(*args, **kwargs))
         return terms[-1]
 
-    monkeypatch.setattr(objectives, "relative_score", recorded)
+    monkeypatch.setattr(weighted, "relative_score", recorded)
     config = TrainConfig(
         model="base-sudoku",
         task="sudoku",

@@ -22,12 +22,14 @@ from rspo_lab.objectives import (
     Loss,
     Method,
     log_ratio,
-    reinforce_elbo,
+    reinforce,
     relative_score,
     rspo,
     score,
 )
 from rspo_lab.oracle import exact_elbo
+from rspo_lab.runs import parameters
+from rspo_lab.runs.parameters import own_hyperparameters
 
 
 def features(replicates, rows, seed=0):
@@ -72,7 +74,7 @@ def test_lam_zero_is_reinforce_on_the_elbo():
     advantage = advantage - advantage.mean()
     reference = torch.full((3, 6), 1.7, dtype=torch.float64)
     plain = rspo(seen(phi @ theta, advantage, reference=reference), lam=0.0)
-    ascent = reinforce_elbo(seen(phi @ theta, advantage))
+    ascent = reinforce(seen(phi @ theta, advantage))
     assert torch.allclose(gradient(plain.value, theta), gradient(ascent.value, theta), atol=1e-12)
 
 
@@ -197,7 +199,11 @@ def test_a_method_knows_its_own_hyperparameters():
     assert list(method.own({"lam", "scope"})) == ["bound"]
     assert method.own({"lam", "scope"})["bound"].default == 5.0
     for name, row in METHODS.items():
-        assert row.loss.__name__ == name and row.loss.__doc__ and row.advantage in ADVANTAGES
+        assert row.loss.__doc__ and row.advantage in ADVANTAGES and row.views > 0
+        given = own_hyperparameters(name, parameters.OBJECTIVES, {"lam", "scope", "residual"})
+        own = row.own({"lam", "scope", "residual"})
+        assert {key: p.default for key, p in given.items()} == {k: own[k].default for k in own}
+        assert all(p.comment for key, p in given.items() if key != "score_unit"), name
 
 
 def test_bad_input_is_refused():

@@ -7,9 +7,13 @@ import pytest
 import torch
 from conftest import completions, table_denoiser
 
+from rspo_lab.batch import Batch
 from rspo_lab.estimators import elbo_draws
 from rspo_lab.masks.published import count
-from rspo_lab.oracle import count_moments, exact_elbo, exact_logp, exact_scores
+from rspo_lab.models.loading import tiny
+from rspo_lab.oracle import count_moments, exact_elbo, exact_logp, exact_scores, sampler_logp
+from rspo_lab.sampler import generate
+from rspo_lab.sampler_law import Sampler
 
 
 def by_orders(denoiser, batch):
@@ -89,3 +93,204 @@ def test_equal_rows_are_computed_once_and_others_not_mixed_up(small):
 def test_too_long_a_row_is_refused():
     with pytest.raises(ValueError, match="1..16 valid tokens, not 17"):
         exact_elbo(lambda b, h: h.double(), completions([[0] * 17]))
+
+
+# --- the sampler's own likelihood
+
+
+def by_every_draw(logits, canvas, mask_id, block, steps, temperature, threshold):
+    """{completion: probability} of the sampler on one row, by all draws of every step.
+
+    A plain re-reading of the published procedure: it goes forward from the canvas, and knows
+    nothing of hidden sets.  logits(ids (1, L)) -> (L, V).
+    """
+    length = len(canvas)
+    per_block = steps // (length // block)
+    states = {tuple(canvas): 1.0}
+    for b in range(length // block):
+        here = range(b * block, (b + 1) * block)
+        masked = sum(canvas[i] == mask_id for i in here)
+        for n in range(per_block):
+            quota = masked // per_block + (n < masked % per_block)
+            after = {}
+            for ids, p in states.items():
+                for new, chance in one_step(
+                    logits, ids, here, mask_id, quota, temperature, threshold
+                ):
+                    after[new] = after.get(new, 0.0) + p * chance
+            states = after
+    return states
+
+
+def one_step(logits, ids, here, mask_id, quota, temperature, threshold):
+    """[(ids after a step, probability)] for every combination of draws."""
+    places = [i for i in here if ids[i] == mask_id]
+    if not places:
+        return [(ids, 1.0)]
+    table = logits(torch.tensor([ids]))
+    confidence = table.float().softmax(-1)
+    outcomes = []
+    for draws in itertools.product(range(table.shape[-1]), repeat=len(places)):
+        sure = {i: confidence[i, v].item() for i, v in zip(places, draws)}
+        ranked = sorted(places, key=lambda i: (-sure[i], i))
+        new, chance = list(ids), 1.0
+        for i, v in zip(places, draws):
+            if temperature == 0:
+                chance *= float(table[i].argmax() == v)
+            else:
+                chance *= (table[i] / temperature).softmax(-1)[v].item()
+            if i in ranked[:quota] or sure[i] > threshold:
+                new[i] = v
+        outcomes.append((tuple(new), chance))
+    return outcomes
+
+
+SAMPLERS = [  # temperature, threshold, block, steps
+    (1.0, 1.0, 4, 4),  # the published sampler, one token per step
+    (1.0, 0.45, 4, 4),
+    (0.6, 0.5, 4, 4),
+    (1.7, 0.4, 4, 3),  # quotas 2, 1, 1
+    (1.0, 1.0, 4, 2),
+    (1.0, 0.5, 2, 4),
+    (1.3, 0.4, 2, 2),
+    (0.0, 1.0, 4, 4),
+    (0.0, 0.5, 2, 2),
+]
+
+
+@pytest.mark.parametrize("settings", SAMPLERS)
+@pytest.mark.parametrize("canvas", [[3, 3, 3, 3], [3, 1, 3, 3]])
+def test_the_samplers_likelihood_is_that_of_all_draws(settings, canvas):
+    """Of every completion, so the sum over them is 1 too; tokens that stood there before count
+    nothing.
+    """
+    temperature, threshold, block, steps = settings
+    table = table_denoiser(4, 3, 7)
+    expected = by_every_draw(
+        lambda ids: table.of_context(ids)[0].detach(),
+        canvas,
+        3,
+        block,
+        steps,
+        temperature,
+        threshold,
+    )
+    written = torch.tensor(canvas) == 3
+    free = itertools.product(*[range(3) if c == 3 else [c] for c in canvas])
+    batch = completions([list(y) for y in free])
+    logp = sampler_logp(
+        table.conditionals,
+        batch,
+        written.expand(len(batch), -1),
+        Sampler(temperature, threshold, block, steps),
+    )
+    assert logp.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    for y, p in zip(batch.completion.tolist(), logp.exp().tolist()):
+        assert p == pytest.approx(expected.get(tuple(y), 0.0), abs=1e-12)
+
+
+def test_the_samplers_likelihood_is_not_that_of_random_order(small):
+    """They differ by much where conditionals are inconsistent, and agree where the tokens are
+    independent and nothing is surer than the threshold.
+    """
+    every = torch.ones_like(small.batch.valid)
+    logp = sampler_logp(small.policy.conditionals, small.batch, every, Sampler(1.0, 1.0, 4, 4))
+    assert (logp - exact_logp(small.policy, small.batch))[:2].abs().max() > 0.2
+
+
+def test_sampled_frequencies_follow_the_likelihood():
+    """Of a real (tiny) model with the real sampler: z of each completion's count, T and threshold
+    other than 1, a canvas with a given token.
+    """
+    model = tiny("01=", seed=2, layers=1, width=16)
+    n = 4000
+    prompt, prompt_valid = model.encode(["1="])
+    canvas = model.encode_canvas(["??0?"])
+    rollout = generate(
+        model.logits,
+        prompt.expand(n, -1),
+        prompt_valid.expand(n, -1),
+        canvas=canvas.repeat(n, 1),
+        mask_id=model.mask_id,
+        block=4,
+        steps=2,
+        temperature=0.8,
+        threshold=0.3,
+        generator=torch.Generator().manual_seed(0),
+    )
+    completion, count = rollout.completion.unique(dim=0, return_counts=True)
+    rows = len(completion)
+    batch = Batch(
+        prompt.expand(rows, -1),
+        prompt_valid.expand(rows, -1),
+        completion,
+        torch.ones_like(completion, dtype=torch.bool),
+    )
+    written = (canvas == model.mask_id).expand(rows, -1)
+    with torch.no_grad():
+        p = sampler_logp(model.conditionals, batch, written, Sampler(0.8, 0.3, 4, 2)).exp()
+    assert 1 - p.sum().item() < 0.01  # what was never drawn
+    often = p * n > 5
+    z = (count - n * p)[often] / (n * p * (1 - p))[often].sqrt()
+    assert often.sum() > 20 and z.abs().max() < 4 and 0.6 < z.square().mean() < 1.6
+
+
+def test_greedy_decoding_has_one_completion():
+    model = tiny("0123=", seed=1, layers=1, width=16)
+    prompt, prompt_valid = model.encode(["12="])
+    canvas = torch.full((1, 4), model.mask_id)
+    rollout = generate(
+        model.logits,
+        prompt,
+        prompt_valid,
+        canvas=canvas.clone(),
+        mask_id=model.mask_id,
+        block=2,
+        steps=4,
+        temperature=0.0,
+        generator=torch.Generator(),
+    )
+    y = rollout.completion
+    other = y.clone()
+    other[0, 2] = (other[0, 2] + 1) % 4
+    batch = Batch(prompt, prompt_valid, y, y >= 0)
+    sampler = Sampler(0.0, 1.0, 2, 4)
+    assert sampler_logp(model.conditionals, batch, y >= 0, sampler).item() == 0
+    changed = Batch(prompt, prompt_valid, other, y >= 0)
+    assert sampler_logp(model.conditionals, changed, y >= 0, sampler).item() == -torch.inf
+
+
+def test_the_likelihoods_gradient_is_its_slope_and_has_no_nan(small):
+    every = torch.ones_like(small.batch.valid)
+    sampler = Sampler(1.0, 0.5, 4, 3)
+
+    def value():
+        return sampler_logp(small.policy.conditionals, small.batch, every, sampler)[0]
+
+    value().backward()
+    gradient = small.policy.logits.grad
+    assert gradient.isfinite().all()
+    flat = gradient.flatten()
+    for place in flat.abs().argsort(descending=True)[:20:4].tolist():
+        with torch.no_grad():
+            parameter = small.policy.logits.view(-1)[place]
+            parameter += 1e-6
+            up = value()
+            parameter -= 2e-6
+            down = value()
+            parameter += 1e-6
+        assert flat[place].item() == pytest.approx((up - down).item() / 2e-6, abs=1e-7)
+
+
+def test_equal_rows_share_and_too_many_written_tokens_are_refused(small):
+    every = torch.ones_like(small.batch.valid)
+    twice = small.batch.rows([0, 1, 0])
+    logp = sampler_logp(small.policy.conditionals, twice, every, Sampler(1.0, 1.0, 4, 4))
+    assert logp[0] == logp[2] != logp[1]
+    with pytest.raises(ValueError, match="at most 11 written tokens per block, not 12"):
+        sampler_logp(
+            small.policy.conditionals,
+            completions([[0] * 12]),
+            torch.ones(1, 12, dtype=torch.bool),
+            Sampler(1.0, 1.0, 12, 12),
+        )

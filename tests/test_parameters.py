@@ -263,7 +263,7 @@ def target(tmp_path, monkeypatch):
     """The parameters of a notebook with methods of the package and a user's own."""
     (tmp_path / "objectives.py").write_text(METHODS)
     (tmp_path / "mine.py").write_text(MINE)
-    monkeypatch.setattr(parameters, "OBJECTIVES", tmp_path / "objectives.py")
+    monkeypatch.setattr(parameters, "OBJECTIVES", [tmp_path / "objectives.py"])
     text = "scale = 5.0\nobjective = 'rspo'\nhyper: dict = {}\nplugins = ''"
     return declared(make(tmp_path, parameters=text))
 

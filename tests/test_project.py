@@ -27,8 +27,8 @@ LOCK = newest.locked()
 # tensors and callables only.  Files of one room may import from each other.
 ROOMS = """
 runs tasks
-batch random_streams statistics distributed masks estimators oracle
-advantages objectives diagnostics design_choice schedule sampler
+batch random_streams statistics distributed masks estimators
+advantages objectives diagnostics design_choice schedule sampler sampler_law oracle
 models decoding plugins config policies rollouts views two_level update
 checkpoints journal pretraining training
 measure figures benchmarks interactive sweeps

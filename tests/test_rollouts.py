@@ -1,12 +1,19 @@
 """Rollouts know which completions are equal and which prompt each answers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import rspo_lab.rollouts as rollouts_module
 from rspo_lab.config import TrainConfig
+from rspo_lab.decoding import complete
+from rspo_lab.estimators import token_logps
 from rspo_lab.models.loading import load
-from rspo_lab.rollouts import fixed_rollouts, roll_out
+from rspo_lab.objectives import METHODS, Method, reinforce
+from rspo_lab.rollouts import fixed_rollouts, process_reward, roll_out
 from rspo_lab.tasks import sudoku
+from rspo_lab.views import draw_masks
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +57,70 @@ def test_a_rollout_of_silent_groups_alone_is_empty(policy):
     rollouts = roll_out(chosen, policy, problems, torch.Generator())
     assert len(rollouts) == len(rollouts.distinct) == len(rollouts.which) == 0
     assert rollouts.record["zero_variance_groups"] == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(threshold=1.0),
+        dict(threshold=0.3, block=8),
+        dict(threshold=1.0, block=4, decode_steps=8, temperature=1.5),
+    ],
+)
+def test_the_path_score_is_what_the_sampler_recorded(policy, changes):
+    """The log-probs at the rollout's states are those by which its tokens were written."""
+    chosen = config(objective="reinforce_path", group=4, **changes)
+    rollouts = roll_out(
+        chosen, policy, sudoku.examples("train", 6, seed=0), torch.Generator().manual_seed(1)
+    )
+    distinct = rollouts.distinct
+    masks = draw_masks(chosen, rollouts, None, 1, (0,))
+    with torch.no_grad():
+        score = masks.elbo(token_logps(policy, distinct, masks))
+    written = -distinct.surprisal.double().where(distinct.valid, 0.0).sum(1)
+    torch.testing.assert_close(score[0].double(), written, rtol=0, atol=1e-4)
+    assert len(distinct) > len(distinct.completion.unique(dim=0))  # two paths to one completion
+
+
+@pytest.fixture
+def branching(monkeypatch):
+    """A method that branches twice from one state of every rollout."""
+    monkeypatch.setitem(METHODS, "branching", Method(reinforce, branches=2))
+
+
+def test_branches_start_from_a_state_of_their_rollout(policy, branching, monkeypatch):
+    seen = []
+
+    def looking(model, task, examples, **options):
+        seen.append(options["canvas"])
+        return complete(model, task, examples, **options)
+
+    monkeypatch.setattr(rollouts_module, "complete", looking)
+    problems = sudoku.examples("train", 8, seed=0)
+    plain = config(group=4, threshold=1.0)
+    base = roll_out(plain, policy, problems, torch.Generator().manual_seed(2))
+    branched = replace(plain, objective="branching")
+    rollouts = roll_out(branched, policy, problems, torch.Generator().manual_seed(2))
+    canvas = seen[2]
+    assert len(canvas) == 2 * len(rollouts) and torch.equal(canvas[::2], canvas[1::2])
+    left = canvas[::2] == policy.mask_id
+    kept = torch.where(left, rollouts.batch.completion, canvas[::2])
+    assert torch.equal(kept, rollouts.batch.completion)
+    assert ((left.sum(1) >= 1) & (left.sum(1) < rollouts.batch.valid.sum(1))).all()
+    assert torch.equal(base.reward, rollouts.reward)
+    change = rollouts.advantage - base.advantage
+    assert (change[base.advantage <= 0] == 0).all() and change.abs().max() > 0
+    spent = rollouts.record["decoding_forwards"] - base.record["decoding_forwards"]
+    assert spent == pytest.approx(2 * left.sum(1).double().mean().item())
+
+
+def test_greedy_branches_end_as_their_rollout_did(policy, branching):
+    """So the process reward is the reward less its group's mean."""
+    examples = [e for e in sudoku.examples("train", 6, seed=0) for _ in range(2)]
+    greedy = config(objective="branching", group=2, temperature=0.0, threshold=1.0)
+    _, rollout, reward = rollouts_module._verified(greedy, policy, examples, torch.Generator())
+    draw = torch.Generator().manual_seed(0)
+    process, _ = process_reward(greedy, policy, examples, rollout, reward, draw)
+    mean = reward.reshape(-1, 2).mean(1).repeat_interleave(2)
+    assert torch.equal(process, reward - mean) and reward.sum() > 0

@@ -22,7 +22,7 @@ from rspo_lab import config as config_module
 from rspo_lab import policies, rollouts, training, two_level, update, views
 from rspo_lab.config import TrainConfig
 from rspo_lab.models.loading import load
-from rspo_lab.objectives import METHODS, Method, reinforce_elbo, rspo
+from rspo_lab.objectives import METHODS, Method, reinforce, rspo
 from rspo_lab.policies import load_trained, reference_of, trained_run
 from rspo_lab.rollouts import fixed_rollouts
 from rspo_lab.tasks import sudoku
@@ -220,6 +220,9 @@ def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_p
         dict(threshold=0.1),
         dict(cache="dual", block=4, threshold=1.0),
         dict(attention="eager"),
+        dict(objective="reinforce_path", views=0),
+        dict(objective="rspo_path", views=0, threshold=0.3, inner_steps=2),
+        dict(design="path_surprising", views=2, block=4),
     ],
 )
 def test_every_option_trains(base, tmp_path, changes):
@@ -281,7 +284,7 @@ def test_a_method_without_a_reference_scores_none_and_logs_no_d(base, tmp_path, 
     """Three forwards per view (policy, and a backward that is two), and no file of completions."""
 
     def ascent(evidence, *, score_unit: str):
-        return reinforce_elbo(evidence, score_unit=score_unit)
+        return reinforce(evidence, score_unit=score_unit)
 
     monkeypatch.setitem(METHODS, "ascent", Method(ascent, reference=False))
     records = train(config(base, steps=2, objective="ascent"), Folder(tmp_path / "run"))
@@ -352,7 +355,7 @@ def test_a_local_file_is_trained_on_without_the_held_out_problems(base, tmp_path
 @pytest.mark.parametrize(
     "changes, match",
     [
-        (dict(objective="ppo"), "objective must be one of rspo, reinforce_elbo, not 'ppo'"),
+        (dict(objective="ppo"), "objective must be one of rspo, .*, not 'ppo'"),
         (dict(task="sudok"), "sudoku"),
         (dict(design="cont"), "design must be one of count"),
         (dict(group=1), "group must be at least 2"),

@@ -1,6 +1,6 @@
 """One update: slices change nothing for any objective, and memory does not grow with views."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,10 +9,11 @@ from conftest import completions
 from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import log_ratio_draws, token_logps
+from rspo_lab.masks.designs import design
 from rspo_lab.masks.published import count, coupled, spg_block
 from rspo_lab.measure.cost import peak_bytes
 from rspo_lab.models.loading import load, tiny
-from rspo_lab.objectives import Loss, rspo
+from rspo_lab.objectives import METHODS, Loss, Method, rspo
 from rspo_lab.policies import reference_of
 from rspo_lab.random_streams import generator
 from rspo_lab.rollouts import Rollouts, fixed_rollouts
@@ -48,8 +49,24 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("design", [count, coupled, spg_block])
-def test_slices_change_neither_loss_nor_gradient(design, loss):
+@pytest.mark.parametrize("draw", [count, coupled, spg_block])
+def test_slices_change_neither_loss_nor_gradient(draw, loss):
+    check_slices(draw, 4, LOSSES[loss], (100, 3, 7))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_slices_change_no_method(name):
+    """On its own design; a path's views are made of rollouts, so here on others that score less
+    than they hide.
+    """
+    row = METHODS[name]
+    shared = {f.name: f.default for f in fields(TrainConfig)} | {"lam": 0.3}
+    hyper = {key: shared.get(key, p.default) for key, p in row.hyperparameters.items()}
+    draw = design("spg_block(3)" if row.design == "path" else row.design)
+    check_slices(draw, row.views, lambda e: row.loss(e, **hyper), (3,))
+
+
+def check_slices(draw, views, loss, sizes):
     """One graph against slices and against plain autograd, float64; rows 1 and 4 are equal."""
     model = load("base-sudoku").double()
     prompt, prompt_valid = model.encode(["="] * 6)
@@ -58,19 +75,19 @@ def test_slices_change_neither_loss_nor_gradient(design, loss):
     batch = Batch(prompt, prompt_valid, completion, torch.ones_like(completion, dtype=torch.bool))
     advantage = torch.linspace(-1, 1, 6, dtype=torch.float64)
     rollouts = rollouts_of(batch, advantage, torch.arange(6) // 3)
-    masks = design(rollouts.distinct.valid, 4, generator=seeded())
+    masks = draw(rollouts.distinct.valid, views, generator=seeded())
     policy = token_logps(model, rollouts.distinct, masks).detach()
     noise = 0.3 * torch.randn(policy.shape, dtype=torch.float64, generator=seeded(1))
-    views = Views(masks, policy + noise, old=policy - noise)
+    beforehand = Views(masks, policy + noise, old=policy - noise)
 
     def loss_of(token_logp):
-        return LOSSES[loss](evidence(rollouts, views, token_logp))
+        return loss(evidence(rollouts, beforehand, token_logp))
 
     direct = loss_of(token_logps(model, rollouts.distinct, masks)).value
     wanted = torch.autograd.grad(direct, list(model.parameters()))
     wanted = torch.cat([g.flatten() for g in wanted])
     assert len(rollouts.distinct) == 5 and wanted.abs().max() > 1e-4
-    for slice_size in (100, 3, 7):
+    for slice_size in sizes:
         model.zero_grad()
         value, token_logp = accumulate_gradient(
             model, rollouts.distinct, masks, loss_of, slice_size
@@ -150,8 +167,6 @@ def test_old_is_scored_once_the_policy_has_moved(monkeypatch):
     def looking(e, *, lam: float) -> Loss:
         seen.append((e.policy.detach().clone(), e.old.clone()))
         return rspo(e, lam=lam)
-
-    from rspo_lab.objectives import METHODS, Method
 
     monkeypatch.setitem(METHODS, "looking", Method(looking, inner_steps=2, old=True))
     config = TrainConfig(

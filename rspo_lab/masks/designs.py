@@ -7,6 +7,7 @@ from inspect import signature
 
 from rspo_lab.masks.base import Masks
 from rspo_lab.masks.ours import bsc, cyck, cycle
+from rspo_lab.masks.path import PATH_DESIGNS
 from rspo_lab.masks.published import (
     count,
     coupled,
@@ -26,10 +27,25 @@ def design(name: str) -> Callable[..., Masks]:
 
     Raises ValueError for an unknown name, and for parameters that the design does not take.
     """
+    return _named(name, DESIGNS)
+
+
+def path_design(name: str) -> Callable[..., Masks]:
+    """The design over a rollout's states of that name (`masks.path`); errors as `design`."""
+    return _named(name, PATH_DESIGNS)
+
+
+def on_path(name: str) -> bool:
+    """Whether a design is one over a rollout's states."""
+    return name.partition("(")[0] in PATH_DESIGNS
+
+
+def _named(name: str, table: dict[str, Callable[..., Masks]]) -> Callable[..., Masks]:
+    """The design of that name in a table, with its parameters."""
     parts = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", name)
-    if not parts or parts[1] not in DESIGNS:
-        raise ValueError(f"design must be one of {', '.join(DESIGNS)}, not {name!r}")
-    function = DESIGNS[parts[1]]
+    if not parts or parts[1] not in table:
+        raise ValueError(f"design must be one of {', '.join(table)}, not {name!r}")
+    function = table[parts[1]]
     if parts[2] is None:
         return function
     words = parts[2].split(",") if parts[2].strip() else []

@@ -89,7 +89,7 @@ def score_rows(
         if masks is not None:
             score = _estimates(ours, batch, masks, slice_size)
             base = _estimates(theirs, batch, masks, slice_size)
-            quantities = _noise_quantities(score, base, expectation)
+            quantities = noise_quantities(score, base, expectation)
             rows += [(name, k, masks.forward_passes, *quantity) for quantity in quantities]
         on_design(done, len(designs) * len(views))
     return frame_of(rows + exact)
@@ -137,7 +137,7 @@ def _drawn_expectation(
     )
 
 
-def _noise_quantities(
+def noise_quantities(
     score: Float[Tensor, "n B"], base: Float[Tensor, "n B"], expectation: Expectation
 ) -> list[tuple]:
     """(quantity, value, stderr) of n estimates of both models' scores on shared masks."""

@@ -71,6 +71,25 @@ class DiffusionLM(nn.Module):
         )
         return self.world.gather(logp.new_zeros(hidden.shape).masked_scatter(hidden, logp), rows)
 
+    def conditionals(
+        self, batch: Batch, hidden: Bool[Tensor, "B L"], here: slice = slice(None)
+    ) -> Float[Tensor, "B n V"]:
+        """log q(. | x, y without the hidden tokens) at the hidden positions, 0 elsewhere.
+
+        All ids' log-probs, -inf for an id without text; `forward` gives the completion's own.  The
+        hidden positions need not be valid ones.  here: the n completion positions wanted, all of
+        them by default.
+        """
+        rows = len(batch)
+        mine = self.world.share(rows)
+        batch, hidden = batch.rows(mine), hidden[mine]
+        ids = torch.cat([batch.prompt, batch.completion.masked_fill(hidden, self.mask_id)], 1)
+        states = self._states(ids, batch.prompt_valid)[:, batch.prompt.shape[1] :][:, here]
+        wanted = hidden[:, here]
+        logp = head_logits(states[wanted], self._base.lm_head.weight, self.banned).log_softmax(-1)
+        full = logp.new_zeros(*wanted.shape, logp.shape[-1])
+        return self.world.gather(full.masked_scatter(wanted[..., None], logp), rows)
+
     @torch.no_grad()
     def logits(
         self, ids: Int[Tensor, "B S"], prompt_valid: Bool[Tensor, "B P"], start: int, stop: int
@@ -241,5 +260,5 @@ def shard(model: DiffusionLM) -> None:
     mesh = init_device_mesh(model.world.device, (model.world.size,))
     for part in (*model._base.model.layers, model):
         fully_shard(part, mesh=mesh)
-    for name in ("logits", "cached_logits", "logits_beside_cache"):
+    for name in ("conditionals", "logits", "cached_logits", "logits_beside_cache"):
         register_fsdp_forward_method(model, name)

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-OBJECTIVES = Path(__file__).parents[1] / "objectives.py"  # where the package's methods are
+OBJECTIVES = sorted((Path(__file__).parents[1] / "objectives").glob("*.py"))  # of the methods
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict}
 _TYPE_NAMES = {kind: text for text, kind in _TYPES.items()}
 _IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}
@@ -104,14 +104,16 @@ def own_hyperparameters(
 ) -> dict[str, Parameter]:
     """A method's own hyperparameters: its function's keyword-only arguments with a literal default.
 
-    Those named like one of `shared` are not its own.  The function is the last of that name at the
-    top of one of the `files`; {} if there is none.
+    Those named like one of `shared` are not its own.  The function is the last at the top of one of
+    the `files` that is named like the objective, or like the loss of its row in a table METHODS
+    there; {} if there is none.
     """
+    sources = [_Source.of(file) for file in files]
+    loss = next((row for source in sources if (row := source.loss_of(objective))), objective)
     own: dict[str, Parameter] = {}
-    for file in files:
-        source = _Source.of(file)
+    for source in sources:
         for node in source.body:
-            if isinstance(node, ast.FunctionDef) and node.name == objective:
+            if isinstance(node, ast.FunctionDef) and node.name == loss:
                 group = f"of objective {objective}"
                 arguments = _keyword_arguments(source, node.args, group, shared)
                 own = {parameter.name: parameter for parameter in arguments}
@@ -132,7 +134,7 @@ def chosen_hyperparameters(
     plugins = given.get("plugins", parameters["plugins"].default if "plugins" in parameters else "")
     if not isinstance(objective, str) or not isinstance(plugins, str):
         return {}  # whoever types the values says what is wrong
-    files = [OBJECTIVES, *([_plugins_file(plugins, folder)] if plugins else [])]
+    files = [*OBJECTIVES, *([_plugins_file(plugins, folder)] if plugins else [])]
     return own_hyperparameters(objective, files, shared=parameters)
 
 
@@ -322,6 +324,18 @@ class _Source:
                 case ast.Assign(targets=[ast.Name(id=name)], value=value) if name == annotation:
                     return ast.unparse(value)
         return annotation
+
+    def loss_of(self, objective: str) -> str:
+        """The function in the row `"objective": Method(function, ...)` of METHODS, or ""."""
+        for statement in self.body:
+            match statement:
+                case ast.AnnAssign(target=ast.Name(id="METHODS"), value=ast.Dict(keys, values)):
+                    for key, value in zip(keys, values):
+                        match key, value:
+                            case ast.Constant(value=name), ast.Call(args=[ast.Name(id=loss), *_]):
+                                if name == objective:
+                                    return loss
+        return ""
 
     def typed(self, name: str, annotation: str, default: Any) -> tuple[str, Any]:
         """(annotation, default) of a parameter; without an annotation the default's type."""

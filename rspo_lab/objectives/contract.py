@@ -1,12 +1,10 @@
-"""Policy objectives: pure functions of what one update has measured, and the table of methods.
+"""What an objective sees and returns, and how it reads scores and log-ratios from that.
 
 Shapes: M masked views, R replicates (self-contained estimates), B completions (group-major), L
 completion tokens.  Log-probabilities in nats.
 """
 
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from inspect import Parameter, signature
 from typing import Literal
 
 import torch
@@ -145,79 +143,26 @@ def log_ratio(e: Evidence, unit: Literal["sequence", "token"] = "sequence") -> F
     return in_unit(d, e.valid, unit)
 
 
+def moved(e: Evidence) -> Float[Tensor, "R B"]:
+    """Draws of ELBO_theta - ELBO_old on shared views, summed nats; 0 before the first update."""
+    assert e.old is not None, "a method of the ratio says old=True in its row"
+    return e.masks.elbo(e.policy) - e.masks.elbo(e.old)
+
+
+def token_scores(
+    masks: Masks, token_logp: Float[Tensor, "M B L"]
+) -> tuple[Float[Tensor, "R B L"], Bool[Tensor, "R B L"]]:
+    """(every token's part of `masks.elbo`, which tokens a view of the replicate scores)."""
+    counted = masks.counted.to(token_logp.device)
+    term = token_logp.where(counted, 0.0) * masks.weight.to(token_logp)[..., None]
+    replicate = masks.replicate.to(term.device)
+    nothing = term.new_zeros(masks.replicates, *term.shape[1:])
+    times = nothing.index_add(0, replicate, counted.to(term))
+    return nothing.index_add(0, replicate, term), times > 0
+
+
 def in_unit(
     draws: Float[Tensor, "R B"], valid: Bool[Tensor, "B L"], unit: Literal["sequence", "token"]
 ) -> Float[Tensor, "R B"]:
     """Summed nats as they are ("sequence"), or divided by the number of valid tokens ("token")."""
     return draws if unit == "sequence" else draws / valid.sum(1).to(draws)
-
-
-def rspo(
-    e: Evidence,
-    *,
-    lam: float,
-    scope: Scope = "batch",
-    residual: Literal["shared", "leave_one_out"] = "shared",
-    score_unit: Literal["sequence", "token"] = "sequence",
-    use_reference: bool = True,  # False: d is the score itself, without a reference
-) -> Loss:
-    """-mean sg(A - lam d_hat) d_hat, d_hat of `relative_score`.  (RSPO, arXiv:2605.10218, Eq. 3.3)
-
-    Its gradient is that of lam/2 mean (d_hat - A/lam)^2, a centred quadratic penalty beside the
-    advantage-weighted score: lam = 0 is `reinforce_elbo`.
-
-    With residual "shared" the estimate is multiplied with itself, so the expected gradient carries
-    lam/2 grad Var[estimate], Var[d]/R for independent replicates, beside that of the true square.
-    "leave_one_out" weighs each replicate by the others' estimate; it is unbiased for independent
-    replicates and needs R >= 2.
-    """
-    d = log_ratio(e, score_unit) if use_reference else score(e, score_unit)
-    terms = relative_score(d, e.advantage, lam=lam, scope=scope, group=e.group, residual=residual)
-    informed = (e.advantage != 0).sum().clamp(min=1)
-    log = {
-        "weight_rms": terms.weight.mean(0).square().mean().sqrt().item(),
-        "sign_flips": (terms.flipped.sum() / informed).item(),
-    }
-    return Loss(-(terms.weight * terms.d_hat).mean(), log)
-
-
-def reinforce_elbo(e: Evidence, *, score_unit: Literal["sequence", "token"] = "sequence") -> Loss:
-    """-mean A score: advantage-weighted ascent of the ELBO, the gradient of `rspo` at lam = 0.
-
-    The raw advantage.  The reference drops out; it is scored for the record only.
-    """
-    log = {"weight_rms": e.advantage.square().mean().sqrt().item(), "sign_flips": 0.0}
-    return Loss(-(e.advantage * score(e, score_unit)).mean(), log)
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table of methods: an objective, and what goes with it by default.
-
-    loss: a function `name(evidence, *, hyperparameters...) -> Loss`.  Keyword-only arguments that
-    are named like a field of the training configuration (lam, scope, score_unit ...) get that
-    field's value; the others are the method's own and have a default.
-    """
-
-    loss: Callable[..., Loss]
-    advantage: str = "standardized"  # a name of advantages.ADVANTAGES
-    design: str = "count"  # a name of masks.DESIGNS
-    inner_steps: int = 1  # updates on one rollout
-    old: bool = False  # whether the loss looks at the log-probs of the rollout's policy
-    reference: bool = True  # whether the frozen reference is scored; without it no d is logged
-
-    @property
-    def hyperparameters(self) -> dict[str, Parameter]:
-        """The keyword-only arguments of the loss, by name."""
-        parameters = signature(self.loss).parameters
-        return {name: p for name, p in parameters.items() if p.kind is Parameter.KEYWORD_ONLY}
-
-    def own(self, shared: Collection[str]) -> dict[str, Parameter]:
-        """The hyperparameters that are not named like one of `shared`."""
-        return {name: p for name, p in self.hyperparameters.items() if name not in shared}
-
-
-METHODS: dict[str, Method] = {
-    "rspo": Method(rspo),
-    "reinforce_elbo": Method(reinforce_elbo),
-}

@@ -1,0 +1,155 @@
+"""The law of the sampler's steps: how likely a step keeps exactly these tokens at these positions.
+
+Shapes: n states, L positions of one block, V vocabulary, k sets of positions.  Log-probabilities in
+nats.
+
+A state is what stands written when a step begins; its hidden positions are the masked ones of the
+block.  A step draws a token at each of them from softmax(logits / T), ranks the draws by their
+untempered probability (ties to the left), and keeps the first `quota` of them and all that are more
+probable than the threshold (`sampler.generate`).  Given the state the draws are independent, so the
+probability that it keeps exactly the positions K, with the tokens y_K of a completion y, is
+
+    product over i in K of pi_T(y_i)
+    * product over the hidden j outside K of Pr[the draw at j ranks below all of y_K and is not more
+      probable than the threshold]
+
+if |K| is the quota (or all that is hidden), or if |K| is larger and each token of y_K is more
+probable than the threshold; else 0.
+
+As a function of the model it jumps where two probabilities cross, or one crosses the threshold;
+gradients are those between the jumps.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rspo_lab.sampler import quotas
+from rspo_lab.schedule import schedule
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What the law of the sampler depends on besides the model, as `sampler.generate` takes it.
+
+    It is that of rollouts without a cache, whose conditionals are the model's own.
+    """
+
+    temperature: float
+    threshold: float
+    block: int
+    steps: int
+
+    def block_steps(self, length: int) -> int:
+        """Steps per block of a completion of `length` tokens; errors as `schedule.schedule`."""
+        return schedule(length, self.block, self.steps)[1]
+
+    def quotas(self, written: Bool[Tensor, "B L"]) -> Int[Tensor, "steps B"]:
+        """How many tokens each step keeps at least, by its number in `Rollout.step`.
+
+        written: the positions that were masked at the start.  The quota counts no more than what is
+        still hidden.  Raises ValueError for a schedule that does not come out even.
+        """
+        blocks, steps_per_block = schedule(written.shape[1], self.block, self.steps)
+        masked = written.unflatten(1, (blocks, self.block)).sum(2)
+        return torch.cat([quotas(masked[:, b], steps_per_block) for b in range(blocks)])
+
+
+@dataclass(frozen=True)
+class StepLaw:
+    """What a step makes of the tokens of a completion y, in each of n states.
+
+    hidden: the masked positions of the block.  token: log pi_T(y_i).  sure: y_i is more probable
+    than the threshold.  rank: of y_i among the hidden tokens of y, 0 the most probable; positions
+    that are not hidden come last.  below: [i, j] is log Pr[the draw at j ranks below y_i at i and
+    is not more probable than the threshold].  token and below are 0 where not hidden.
+    """
+
+    hidden: Bool[Tensor, "n L"]
+    token: Float[Tensor, "n L"]
+    sure: Bool[Tensor, "n L"]
+    rank: Int[Tensor, "n L"]
+    below: Float[Tensor, "n L L"]
+
+    def kept(self, kept: Bool[Tensor, "n k L"], quota: Int[Tensor, " n"]) -> Float[Tensor, "n k L"]:
+        """log Pr[the step keeps exactly these positions, with the tokens of y], by position.
+
+        At the kept positions log pi_T(y_i), at the other hidden ones log Pr[their draw is not
+        kept]; the sum over positions is the log-probability of the step.  -inf at all hidden
+        positions where it is 0.  kept: k sets of hidden positions per state.  quota: what the
+        schedule keeps at least (`Sampler.quotas`).
+        """
+        last = self.rank[:, None].masked_fill(~kept, -1).argmax(-1)  # the least probable one kept
+        index = last[..., None].expand(-1, -1, self.below.shape[-1])
+        others = self.below.gather(1, index)
+        terms = torch.where(kept, self.token[:, None], others)
+        size = kept.sum(-1)
+        least = quota.minimum(self.hidden.sum(-1))[:, None]
+        all_sure = (self.sure[:, None] | ~kept).all(-1)
+        possible = (size == least) | ((size > least) & all_sure)
+        return terms.masked_fill(self.hidden[:, None] & ~possible[..., None], -torch.inf)
+
+
+def step_law(
+    logp: Float[Tensor, "n L V"],
+    completion: Int[Tensor, "n L"],
+    hidden: Bool[Tensor, "n L"],
+    sampler: Sampler,
+) -> StepLaw:
+    """The law of a step in n states from the conditionals at their hidden positions.
+
+    logp: logits or log-probs; -inf for ids that are never drawn.  At temperature 0 the draw is the
+    arg max, so token and below are 0 or -inf.  The gradient flows through pi_T only.  Probabilities
+    below the least float of logp's dtype count as 0.
+    """
+    drawn = drawing_logp(logp, sampler.temperature)
+    prob = logp.detach().float().softmax(-1)  # in float32, as the sampler compares them
+    target = completion[..., None]
+    token = drawn.gather(-1, target)[..., 0].where(hidden, 0.0)
+    own = prob.gather(-1, target)[..., 0].masked_fill(~hidden, -1)
+    rank = own.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    mass = drawn.exp() * (prob <= sampler.threshold)
+    below = _below(mass, prob, own, rank).where(hidden[:, None], 0.0)
+    return StepLaw(hidden, token, (own > sampler.threshold) & hidden, rank, below)
+
+
+def drawing_logp(logits: Float[Tensor, "*n V"], temperature: float) -> Float[Tensor, "*n V"]:
+    """log of the law that tokens are drawn from: softmax(logits / temperature), the arg max at 0.
+
+    Raises ValueError for a negative temperature.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must be >= 0, not {temperature}")
+    if temperature == 0:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
+    return (logits / temperature).log_softmax(-1)
+
+
+def _below(
+    mass: Float[Tensor, "n L V"],
+    prob: Float[Tensor, "n L V"],
+    own: Float[Tensor, "n L"],
+    rank: Int[Tensor, "n L"],
+) -> Float[Tensor, "n L L"]:
+    """[i, j]: log of the mass at j of the ids that rank below y_i, whose probability is own[i].
+
+    An id of probability p at j ranks below y_i if p < own[i], or p = own[i] and i is left of j.
+    The ids at j are put into bins by how many of y's tokens they rank below.
+    """
+    length = own.shape[1]
+    place = torch.arange(length, device=own.device)
+    left = place[:, None] < place  # [i, j]: i is left of j
+    # p < the next float above own[i] is p <= own[i]
+    cuts = torch.where(left, own.nextafter(own.new_tensor(torch.inf))[..., None], own[..., None])
+    order = rank.argsort(-1)  # positions by falling rank; their cuts fall too
+    cuts = cuts.gather(1, order[..., None].expand(cuts.shape)).transpose(1, 2)
+    passed = torch.searchsorted(cuts.flip(-1).contiguous(), prob.contiguous(), right=True)
+    bins = length - passed  # of the `length` cuts, p is below the first that many
+    binned = mass.new_zeros(*mass.shape[:2], length + 1).scatter_add(-1, bins, mass)
+    from_least = binned.flip(-1).cumsum(-1).flip(-1)  # [j, r]: below at least r cuts
+    below = from_least[..., 1:].gather(-1, rank[:, None].expand(-1, length, -1)).transpose(1, 2)
+    possible = below > 0
+    return below.where(possible, 1.0).log().masked_fill(~possible, -torch.inf)
