@@ -11,17 +11,21 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
 from rspo_lab.decoding import complete, rewards
 from rspo_lab.estimators import Denoiser
 from rspo_lab.models.diffusion_lm import DiffusionLM
-from rspo_lab.oracle import exact_scores
+from rspo_lab.oracle import exact_scores, sampler_logp
 from rspo_lab.policies import TrainedRun, trained_run
 from rspo_lab.random_streams import generator
 from rspo_lab.rollouts import text_format
 from rspo_lab.runs.files import replacing
+from rspo_lab.sampler import Rollout
+from rspo_lab.sampler_law import Sampler
 from rspo_lab.statistics import pass_at_k
 from rspo_lab.tasks import task as task_named
 
@@ -30,7 +34,8 @@ PROBLEMS = 128  # of each set
 SAMPLES = 16  # per problem of the first set, for the last policy
 EARLIER_SAMPLES = 4  # the same, for earlier policies
 KS = (2, 4, 8)
-EXACT = 8  # completions whose log-ratios are exact: the first of each of the first problems
+EXACT = 16  # completions whose log-ratios are exact: one of each of the first problems
+MOST_TOKENS = 8  # that have no more tokens to write than this
 FILE = "outcome.parquet"
 
 
@@ -48,10 +53,10 @@ def outcome(folder: str | Path) -> pd.DataFrame:
         kept = pd.read_parquet(folder / FILE)
         if kept["step"].tolist() == steps and set(COLUMNS) == set(kept):
             return kept
-    reference = run.reference()
+    base = run.policy(0)
     rows = [
         {"step": step, "final": step == steps[-1]}
-        | policy_outcome(run.config, run.policy(step), reference, last=step == steps[-1])
+        | policy_outcome(run.config, run.policy(step), base, last=step == steps[-1])
         for step in steps
     ]
     frame = pd.DataFrame(rows, columns=COLUMNS)
@@ -62,13 +67,13 @@ def outcome(folder: str | Path) -> pd.DataFrame:
 
 def base_outcome(run: TrainedRun) -> pd.DataFrame:
     """The row of the base of a run, at step 0: its divergences from itself are 0."""
-    row = policy_outcome(run.config, run.policy(0), run.reference(), last=True)
+    row = policy_outcome(run.config, run.policy(0), run.policy(0), last=True)
     return pd.DataFrame([{"step": 0, "final": False} | row], columns=COLUMNS)
 
 
 @torch.no_grad()
 def policy_outcome(
-    config: TrainConfig, policy: DiffusionLM, reference: Denoiser, *, last: bool
+    config: TrainConfig, policy: DiffusionLM, base: DiffusionLM, *, last: bool
 ) -> dict[str, Any]:
     """What one policy does on test problems, by name; equal problems and random numbers for all.
 
@@ -77,9 +82,13 @@ def policy_outcome(
         first set; pass_k: share of its problems that k samples solve, unbiased (arXiv:2107.03374);
         distinct_k: expected number of different solved completions among k samples.
     decoding_forwards: denoising steps per sample.
-    kl_random_order, elbo_ratio: means over EXACT samples of the exact log-ratio of random-order
-        decoding and of the exact ELBO ratio, policy to base.  The samples are of the confidence
-        sampler, so neither is a KL divergence, and both may be negative.
+    kl_sampler: mean over EXACT samples, of problems with at most MOST_TOKENS tokens to write, of
+        the exact log Pr[the sampler writes y] of the policy less that of the base
+        (`oracle.sampler_logp`): an unbiased estimate of KL(policy, base) on these problems, which
+        may be negative by chance; kl_sampler_se its standard error over the samples.
+    random_order_ratio, elbo_ratio: means over the same samples of the exact log-ratio of
+        random-order decoding and of the exact ELBO ratio.  The samples are not of that decoder, so
+        these are no KL divergences.
     greedy_clusters, sampled_clusters: the solved share per cluster, in the order of their keys, and
         cluster_problems, sampled_problems the number of problems in each.
 
@@ -88,8 +97,13 @@ def policy_outcome(
     task = task_named(config.task)
     problems = task.examples("test", PROBLEMS, seed=TEST_SETS[0])
     count = SAMPLES if last else EARLIER_SAMPLES
-    batch, solved, forwards = _samples(config, policy, problems, count)
+    batch, rollout, solved = _samples(config, policy, problems, count)
+    forwards = rollout.forwards.double().mean().item()
     row = {"decoding_forwards": forwards, "samples": count}
+    first = torch.arange(len(problems)) * count
+    short = first[(rollout.step[first] >= 0).sum(1) <= MOST_TOKENS][:EXACT]
+    written = rollout.step[short] >= 0
+    row |= _divergence(config, policy, base, batch.rows(short), written)
     row |= _breadth(batch, solved, count)
     row |= _by_cluster("sampled", task, problems, [sum(s) / count for s in _parted(solved, count)])
     if not last:
@@ -97,7 +111,7 @@ def policy_outcome(
     sets = [task.examples("test", PROBLEMS, seed=seed) for seed in TEST_SETS]
     every = [example for examples in sets for example in examples]
     row |= _by_cluster("greedy", task, every, _greedy(config, policy, every))
-    row |= _exact(policy, reference, batch.rows(torch.arange(EXACT) * count))
+    row |= _other_ratios(policy, base, batch.rows(short))
     return row
 
 
@@ -110,7 +124,9 @@ COLUMNS = [
     *(f"pass_{k}" for k in KS),
     *(f"distinct_{k}" for k in KS),
     "decoding_forwards",
-    "kl_random_order",
+    "kl_sampler",
+    "kl_sampler_se",
+    "random_order_ratio",
     "elbo_ratio",
     "exact_completions",
     "greedy_clusters",
@@ -122,8 +138,8 @@ COLUMNS = [
 
 def _samples(
     config: TrainConfig, policy: DiffusionLM, problems: list, count: int
-) -> tuple[Batch, list[bool], float]:
-    """(`count` completions per problem, whether each is right, denoising steps of one)."""
+) -> tuple[Batch, Rollout, list[bool]]:
+    """`count` completions per problem, how they were decoded, and whether each is right."""
     task = task_named(config.task)
     examples = [problem for problem in problems for _ in range(count)]
     batch, rollout = complete(
@@ -138,7 +154,7 @@ def _samples(
         **text_format(config),
     )
     verified = rewards(policy, task, examples, batch.completion, style=config.style)
-    return batch, [r == 1 for r in verified], rollout.forwards.double().mean().item()
+    return batch, rollout, [r == 1 for r in verified]
 
 
 def _greedy(config: TrainConfig, policy: DiffusionLM, examples: list) -> list[float]:
@@ -189,14 +205,36 @@ def _by_cluster(name: str, task: Any, examples: list, solved: list[float]) -> di
     }
 
 
-def _exact(policy: Denoiser, reference: Denoiser, batch: Batch) -> dict[str, float]:
-    """Means of the exact log-ratios of a few completions."""
-    elbo, logp = exact_scores(policy, batch)
-    base_elbo, base_logp = exact_scores(reference, batch)
+def _divergence(
+    config: TrainConfig,
+    policy: DiffusionLM,
+    base: DiffusionLM,
+    batch: Batch,
+    written: Bool[Tensor, "B L"],
+) -> dict[str, float]:
+    """The sampler's exact log-ratio of a few completions: mean and standard error."""
+    length = written.shape[1]
+    sampler = Sampler(
+        config.temperature, config.threshold, config.block or length, config.decode_steps or length
+    )
+    logp, base_logp = (
+        sampler_logp(model.conditionals, batch, written, sampler) for model in (policy, base)
+    )
+    ratio = logp - base_logp
     return {
-        "kl_random_order": (logp - base_logp).mean().item(),
+        "kl_sampler": ratio.mean().item(),
+        "kl_sampler_se": (ratio.std() / len(ratio) ** 0.5).item(),
+        "exact_completions": len(ratio),
+    }
+
+
+def _other_ratios(policy: Denoiser, base: Denoiser, batch: Batch) -> dict[str, float]:
+    """The exact random-order log-ratio and the exact ELBO ratio of a few completions: means."""
+    elbo, logp = exact_scores(policy, batch)
+    base_elbo, base_logp = exact_scores(base, batch)
+    return {
+        "random_order_ratio": (logp - base_logp).mean().item(),
         "elbo_ratio": (elbo - base_elbo).mean().item(),
-        "exact_completions": len(batch),
     }
 
 
