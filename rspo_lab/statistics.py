@@ -76,6 +76,14 @@ def wilson(correct: int | float, n: int | float) -> tuple[float, float]:
     return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """1 - C(n - correct, k) / C(n, k): the chance that k of n samples hold a correct one, unbiased.
+
+    (arXiv:2107.03374, Eq. 1)
+    """
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
 def variance_se(*samples: Float[Tensor, "n ..."]) -> tuple[Tensor, Tensor]:
     """(unbiased variance, its standard error) over the first axis, from the fourth central moment.
 

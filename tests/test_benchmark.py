@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from rspo_lab.benchmarks.evaluate import BenchmarkConfig, benchmark
-from rspo_lab.benchmarks.grade import grade, pass_at_k
+from rspo_lab.benchmarks.grade import grade
 from rspo_lab.cli import main
 from rspo_lab.decoding import prompts, texts
 from rspo_lab.models import loading as models
 from rspo_lab.runs import run as runs
 from rspo_lab.runs.run import RunError
-from rspo_lab.statistics import wilson
+from rspo_lab.statistics import pass_at_k, wilson
 from rspo_lab.tasks import gsm8k, sudoku
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rspo_lab.benchmarks.grade import Grade, grade, pass_at_k
+from rspo_lab.benchmarks.grade import Grade, grade
 from rspo_lab.runs.files import replacing, write_json
 from rspo_lab.runs.run import Run, open_run
 from rspo_lab.schedule import schedule
@@ -192,7 +192,7 @@ def _pass_at(
 ) -> tuple[float, float, float]:
     """(share, low, high) of pass@k, by a bootstrap over problems."""
     from rspo_lab.random_streams import generator
-    from rspo_lab.statistics import stratified_bootstrap
+    from rspo_lab.statistics import pass_at_k, stratified_bootstrap
 
     solved = [verdict.components["solved"] for verdict in verdicts]
     shares = []

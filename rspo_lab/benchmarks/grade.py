@@ -8,7 +8,6 @@ shares in [0, 1].
 """
 
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,14 +121,6 @@ def _interval(
         clusters[problem] = (before[0] + right, before[1] + trials)
     n = independent(list(clusters.values()))
     return wilson(correct * n / total, n)
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """1 - C(n - correct, k) / C(n, k): the chance that k of n samples hold a correct one, unbiased.
-
-    (arXiv:2107.03374, Eq. 1)
-    """
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def independent(counts: list[tuple[float, float]]) -> float:
