@@ -3,6 +3,7 @@
 Shapes: B sequences, P prompt tokens (left-padded), L completion tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class Batch:
 
     def rows(self, index: Tensor | slice | list[int]) -> "Batch":
         """The rows `index` (ids, a slice, or a bool mask) as a batch of its own."""
-        return Batch(*(None if field is None else field[index] for field in self._fields))
+        return self._each(lambda field: field[index])
 
     def distinct(self) -> tuple["Batch", Int[Tensor, " B"]]:
         """(the rows that differ, which of them each row is).
@@ -55,17 +56,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        return Batch(*(None if field is None else field.to(device) for field in self._fields))
+        return self._each(lambda field: field.to(device))
 
-    @property
-    def _fields(self) -> tuple[Tensor | None, ...]:
-        return (
-            self.prompt,
-            self.prompt_valid,
-            self.completion,
-            self.valid,
-            self.step,
-            self.surprisal,
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with every field changed."""
+        return Batch(
+            change(self.prompt),
+            change(self.prompt_valid),
+            change(self.completion),
+            change(self.valid),
+            None if self.step is None else change(self.step),
+            None if self.surprisal is None else change(self.surprisal),
         )
 
 

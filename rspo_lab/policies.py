@@ -81,7 +81,7 @@ def policies(config: TrainConfig, world: World = ALONE) -> tuple[DiffusionLM, Fr
     # a copy of its own, read again: there may be no room for two before they are parted
     frozen = loaded().requires_grad_(False)
     shard(frozen)
-    return policy, torch.no_grad()(frozen)
+    return policy, Frozen(frozen, adapters=True)
 
 
 def load_model(config: TrainConfig, name: str | Path) -> DiffusionLM:

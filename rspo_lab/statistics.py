@@ -97,6 +97,40 @@ def variance_se(*samples: Float[Tensor, "n ..."]) -> tuple[Tensor, Tensor]:
     return variance, ((fourth - variance.square() * (n - 3) / (n - 1)).clamp(min=0) / n).sqrt()
 
 
+def spreads(x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+    """n squared deviations, whose mean over the first axis is the unbiased variance."""
+    return (x - x.mean(0)).square() * len(x) / (len(x) - 1)
+
+
+def positive_mean_interval(
+    values: Float[Tensor, " n"], *, generator: torch.Generator, resamples: int = 1000
+) -> tuple[float, float]:
+    """(low, high): 95 % interval of the mean of n independent draws that are never negative.
+
+    mean exp(+-q s): s is the first-order standard error of log mean, and q the 95 % quantile of
+    |log mean* - log mean| / s* over resamples.  (symmetric studentized bootstrap: P. Hall, J. R.
+    Stat. Soc. B 50, 1988)  Squares have heavy tails: where a sample missed the tail, its mean and
+    its error are small at once, so first-order intervals are too short.  No interval mends a tail
+    of which nothing was seen.
+
+    (0, inf) of fewer than 4 draws: too many of their resamples repeat a single one.
+    """
+    values = values.detach().double().cpu()
+    n = len(values)
+    mean = values.mean().item()
+    if n < 4:
+        return 0.0, math.inf
+    if values.min() == values.max():
+        return mean, mean
+    drawn = values[torch.randint(n, (resamples, n), generator=generator)]
+    means = drawn.mean(1)
+    away = (means / mean).log().abs() / (drawn.std(1) / means)  # the roots of n cancel
+    away = away.nan_to_num(nan=math.inf, posinf=math.inf)  # a resample without a spread
+    q = away.quantile(0.95, interpolation="higher")
+    reach = (q * values.std() / mean).exp().item()
+    return mean / reach, mean * reach
+
+
 def _student(df: int) -> float:
     """97.5 % quantile of Student's t (tabulated; from 30 on that of 29, which is slightly wide)."""
     table = [

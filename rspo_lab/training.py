@@ -29,6 +29,8 @@ from rspo_lab.tasks import task as task_named
 from rspo_lab.update import update, views_of_updates
 from rspo_lab.views import draw_masks
 
+PROFILE_PAIRS = 8  # of views per completion, for the profile that design "auto" goes by
+
 
 class Preempted(RuntimeError):
     """A signal asked the run to end; its checkpoint is saved."""
@@ -81,7 +83,9 @@ def train(
                 if d is not None:
                     journal.write_completions(step, d, rollouts.advantage, rollouts.reward)
                 if config.design == "auto" and len(rollouts):
-                    journal.write_profile(step, learner.profile(rollouts, step))
+                    profile, forwards = learner.profile(rollouts, step)
+                    journal.write_profile(step, profile)
+                    record["forwards"] += forwards
             if step in config.snapshot_steps:
                 save_snapshot(learner.policy, run.path / "snapshots" / f"{step:06d}")
             journal.write(record, timing)
@@ -206,8 +210,11 @@ class Learner:
             **text_format(config),
         )
 
-    def profile(self, rollouts: Rollouts, step: int) -> CountProfile:
-        """The count profile of up to 64 of a rollout's distinct completions."""
+    def profile(self, rollouts: Rollouts, step: int) -> tuple[CountProfile, float]:
+        """The count profile of up to 64 of a rollout's distinct completions; what it cost.
+
+        That is forward passes per completion of the step: both models on both views of each pair.
+        """
         draw = generator(self.config.seed, step, "profile")
         distinct = rollouts.distinct
         some = torch.randperm(len(distinct), generator=draw)[:64].to(distinct.valid.device)
@@ -215,11 +222,13 @@ class Learner:
             self.policy,
             self.reference,
             distinct.rows(some),
-            pairs=8,
+            pairs=PROFILE_PAIRS,
             generator=draw,
             slice_size=self.config.slice_size,
         )
-        return self.policy.world.first(lambda: profile)  # sums on GPUs may differ in their last bit
+        forwards = 2 * 2 * PROFILE_PAIRS * len(some) / (self.config.prompts * self.config.group)
+        # sums on GPUs may differ in their last bit
+        return self.policy.world.first(lambda: profile), forwards
 
 
 def problem_sets(config: TrainConfig) -> tuple[list, list]:

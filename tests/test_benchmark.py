@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from rspo_lab.benchmarks.evaluate import BenchmarkConfig, benchmark
-from rspo_lab.benchmarks.grade import grade
+from rspo_lab.benchmarks.grade import grade, pass_at
 from rspo_lab.cli import main
 from rspo_lab.decoding import prompts, texts
 from rspo_lab.models import loading as models
@@ -93,6 +94,28 @@ def test_a_small_model_is_graded_in_seconds(tmp_path):
         SUDOKU, tmp_path / "a", [], protocol="d1"
     )  # graded anew, not completed anew
     assert "blank cells" in cells.to_text() and cells.grade.correct > found.grade.correct
+
+
+def test_pass_at_intervals_leave_room_where_all_problems_agree():
+    """Ten problems all wrong or all right are ten trials; 40 samples of mixed problems count for at
+    most 40, and an interval over problems that differ is wider than that of their samples.
+    """
+    for k in (1, 2, 4):
+        assert pass_at(4, [0] * 10, k) == (0.0, 0.0, wilson(0, 10)[1])
+        assert pass_at(4, [4] * 10, k) == (1.0, wilson(10, 10)[0], 1.0)
+    assert pass_at(1, [1, 0, 0, 0], 1) == (0.25, *wilson(1, 4))
+    assert pass_at(4, [4] * 5 + [0] * 5, 1)[1:] == pytest.approx(wilson(4.5, 9))
+    assert pass_at(4, [2] * 10, 1)[1:] == pytest.approx(wilson(20, 40))
+
+
+def test_pass_at_intervals_cover():
+    """Twenty problems of chances Beta(0.2, 8), two samples each, pass@2: 95 % +- 3 of 1,500."""
+    rng = np.random.default_rng(0)
+    chance = rng.beta(0.2, 8, size=400_000)
+    truth = (1 - (1 - chance) ** 2).mean()
+    correct = rng.binomial(2, rng.beta(0.2, 8, size=(1500, 20))).tolist()
+    inside = [low <= truth <= high for _, low, high in (pass_at(2, row, 2) for row in correct)]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.03)
 
 
 def test_samples_give_pass_at_k(tmp_path):

@@ -141,6 +141,8 @@ def test_variance(runs, trained):
         "quantity",
         "value",
         "stderr",
+        "low",
+        "high",
     ]
     value = frame.set_index(["design", "views", "quantity"])["value"]
     assert (

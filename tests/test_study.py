@@ -90,6 +90,8 @@ def test_a_study_file_ends_in_one_page_and_one_table(finished):
         "quantity",
         "value",
         "stderr",
+        "low",
+        "high",
     ]
     assert set(results["policy"]) == {"late"} and {
         "var_gradient",

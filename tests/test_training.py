@@ -19,7 +19,7 @@ import torch
 from throwaway import Folder
 
 from rspo_lab import config as config_module
-from rspo_lab import policies, rollouts, training, two_level, update, views
+from rspo_lab import estimators, policies, rollouts, training, two_level, update, views
 from rspo_lab.config import TrainConfig
 from rspo_lab.models.loading import load
 from rspo_lab.objectives import METHODS, Method, reinforce, rspo
@@ -297,6 +297,27 @@ def test_a_method_without_a_reference_scores_none_and_logs_no_d(base, tmp_path, 
     assert not (tmp_path / "run/sequences.jsonl").exists()
     with pytest.raises(ValueError, match="old_views splits d"):
         config(base, objective="ascent", old_views=2)
+
+
+def test_forwards_count_the_profiles_of_auto(base, tmp_path, monkeypatch):
+    """The rows that all models saw while scoring, and twice those with a gradient for the
+    backward, per completion of the step: an evaluated step has its profile's on top.
+    """
+    rows = []
+    scored = estimators.slice_logp
+
+    def counting(denoiser, batch, masks, view, row):
+        rows.append(len(row) * (3 if torch.is_grad_enabled() else 1))
+        return scored(denoiser, batch, masks, view, row)
+
+    monkeypatch.setattr(estimators, "slice_logp", counting)
+    settings = config(base, steps=2, eval_every=2, design="auto", slice_size=4096)
+    records = train(settings, Folder(tmp_path))
+    completions = settings.prompts * settings.group
+    logged = sum(record["forwards"] for record in records[1:])
+    assert logged == pytest.approx(sum(rows) / completions)
+    plain = records[2]["forwards"] - 4 * records[2]["forward_passes"]
+    assert records[1]["forwards"] == pytest.approx(4 * records[1]["forward_passes"]) and plain > 0
 
 
 def test_auto_takes_what_the_last_profile_recommends(base, tmp_path, monkeypatch):

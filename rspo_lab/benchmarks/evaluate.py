@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rspo_lab.benchmarks.grade import Grade, grade
+from rspo_lab.benchmarks.grade import Grade, grade, pass_at
 from rspo_lab.runs.files import replacing, write_json
 from rspo_lab.runs.run import Run, open_run
 from rspo_lab.schedule import schedule
@@ -73,7 +73,7 @@ class BenchmarkConfig:
 class Result:
     """What a model reaches at one length.
 
-    pass_at: k -> (share, low, high), 95 % bootstrap over problems.
+    pass_at: k -> (share, low, high), see `grade.pass_at`.
     """
 
     length: int
@@ -97,7 +97,7 @@ class Result:
     def to_text(self) -> str:
         """A few lines to read."""
         shares = [
-            f"  pass@{k} {100 * s:.2f} %, 95 % bootstrap {100 * a:.2f} to {100 * b:.2f} %"
+            f"  pass@{k} {100 * s:.2f} %, 95 % interval {100 * a:.2f} to {100 * b:.2f} %"
             for k, (s, a, b) in self.pass_at.items()
         ]
         return "\n".join(
@@ -152,8 +152,9 @@ def benchmark(
             path = run.path / f"completions_{length}.jsonl"
             _complete(config, run, path, length, examples, model, report)
             graded = grade(path, config.task, protocol)
-            pass_at = {k: _pass_at(config, length, graded.verdicts, k) for k in ks}
-            results.append(Result(length, len(examples), graded, pass_at))
+            correct = _correct_per_problem(graded.verdicts, config.samples)
+            shares = {k: pass_at(config.samples, correct, k) for k in ks}
+            results.append(Result(length, len(examples), graded, shares))
     except (Exception, KeyboardInterrupt) as error:
         run.fail(type(error).__name__, str(error))
         raise
@@ -187,20 +188,10 @@ def _examples(config: BenchmarkConfig, protocol: str) -> list:
     return examples
 
 
-def _pass_at(
-    config: BenchmarkConfig, length: int, verdicts: Sequence[Verdict], k: int
-) -> tuple[float, float, float]:
-    """(share, low, high) of pass@k, by a bootstrap over problems."""
-    from rspo_lab.random_streams import generator
-    from rspo_lab.statistics import pass_at_k, stratified_bootstrap
-
+def _correct_per_problem(verdicts: Sequence[Verdict], samples: int) -> list[int]:
+    """How many samples of each problem are right; the verdicts stand problem after problem."""
     solved = [verdict.components["solved"] for verdict in verdicts]
-    shares = []
-    for start in range(0, len(solved), config.samples):
-        correct = round(sum(solved[start : start + config.samples]))
-        shares.append(pass_at_k(config.samples, correct, k))
-    draw = generator(config.seed, "pass_at", length, k)
-    return stratified_bootstrap([shares], generator=draw)
+    return [round(sum(solved[i : i + samples])) for i in range(0, len(solved), samples)]
 
 
 def _complete(

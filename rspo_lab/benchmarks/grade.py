@@ -123,6 +123,20 @@ def _interval(
     return wilson(correct * n / total, n)
 
 
+def pass_at(samples: int, correct: list[int], k: int) -> tuple[float, float, float]:
+    """(share, low, high): the mean of `pass_at_k` over problems, which are the independent trials.
+
+    correct: per problem, how many of its `samples` are.  Wilson's interval at the effective sample
+    size, so that all-wrong and all-right problems leave room, where a bootstrap leaves none.
+    """
+    from rspo_lab.statistics import pass_at_k, wilson
+
+    shares = [pass_at_k(samples, right, k) for right in correct]
+    share = sum(shares) / len(shares)
+    n = independent([(each * samples, float(samples)) for each in shares])
+    return share, *wilson(share * n, n)
+
+
 def independent(counts: list[tuple[float, float]]) -> float:
     """The effective sample size of clusters of (correct, trials): the n of a Wilson interval.
 

@@ -43,9 +43,8 @@ def variance_figure(results: pd.DataFrame) -> Figure:
         for axis, (quantity, title) in zip(axes.flat, VARIANCES.items()):
             part = results[results["quantity"] == quantity]
             for design, rows in part.groupby("design", sort=False):
-                whiskers = 1.96 * rows["stderr"]
                 style = styles[design] | {"label": design, "capsize": 1.5}
-                axis.errorbar(rows["cost"], rows["value"], whiskers, **style)
+                axis.errorbar(rows["cost"], rows["value"], _whiskers(rows, "value"), **style)
             axis.set(title=title, xscale="log")
             _mark_count(axis, part)
             log_y(axis)
@@ -65,7 +64,7 @@ def path_figure(sampled: pd.DataFrame) -> Figure:
             part = sampled[(sampled["quantity"] == quantity) & (sampled["value"] > 0)]
             for design, rows in part.groupby("design", sort=False):
                 style = styles[design] | {"label": design, "capsize": 1.5}
-                axis.errorbar(rows["cost"], rows["value"], 1.96 * rows["stderr"], **style)
+                axis.errorbar(rows["cost"], rows["value"], _whiskers(rows, "value"), **style)
             axis.set(title=f"Variance, {title}", xlabel="steps scored per completion")
             log_y(axis)
         figure.axes[0].set_ylabel("variance, nats²")
@@ -142,18 +141,16 @@ def efficiency_figure(efficiency: pd.DataFrame, views: dict[str, int]) -> Figure
 def _draw_ratios(
     axis: Axes, part: pd.DataFrame, policies: Sequence[str], styles: dict[str, dict[str, Any]]
 ) -> None:
-    """Per policy one row, in it one point per design; whiskers symmetric on a log axis."""
+    """Per policy one row, in it one point per design."""
     designs = list(part["design"].unique())
     for i, design in enumerate(designs):
         rows = part[part["design"] == design]
         places = [policies.index(p) + _offset(i, len(designs), 0.8) for p in rows["policy"]]
-        ratio = rows["ratio"]
-        spread = np.exp(rows["half"] / ratio)
         style: dict[str, Any] = styles[design] | {"linestyle": ""}
         axis.errorbar(
-            ratio,
+            rows["ratio"],
             places,
-            xerr=[ratio - ratio / spread, ratio * spread - ratio],
+            xerr=_whiskers(rows, "ratio"),
             **style,
             label=design,
             capsize=1,
@@ -174,12 +171,19 @@ def bias_figure(results: pd.DataFrame) -> Figure:
                 rows = part[part["design"] == design]
                 places = [views.index(k) + _offset(i, len(designs), 0.7) for k in rows["views"]]
                 style = styles[design] | {"linestyle": "", "label": design, "capsize": 1.5}
-                axis.errorbar(places, rows["value"], 1.96 * rows["stderr"], **style)
+                axis.errorbar(places, rows["value"], _whiskers(rows, "value"), **style)
             axis.set_xticks(range(len(views)), [str(k) for k in views])
             axis.axhline(0, color=INK, linewidth=0.7)
             axis.set(title=title, xlabel="views per sequence, K")
         _legend_of_all(figure, ncols=5)
     return figure
+
+
+def _whiskers(rows: pd.DataFrame, column: str) -> list[pd.Series]:
+    """How far the interval reaches below and above; nothing is drawn of one without an end."""
+    finite = np.isfinite(rows["high"])
+    ends = rows["low"].where(finite), rows["high"].where(finite)
+    return [rows[column] - ends[0], ends[1] - rows[column]]
 
 
 def _offset(i: int, n: int, width: float) -> float:

@@ -20,8 +20,9 @@ from rspo_lab.design_choice import CountProfile
 from rspo_lab.estimators import Denoiser, token_logps
 from rspo_lab.measure.score_noise import frame_of
 from rspo_lab.objectives import Loss, log_ratio
+from rspo_lab.random_streams import generator
 from rspo_lab.rollouts import Rollouts
-from rspo_lab.statistics import variance_se
+from rspo_lab.statistics import positive_mean_interval, spreads, variance_se
 from rspo_lab.update import accumulate_gradient, evidence, views_of_updates
 from rspo_lab.views import Views
 
@@ -109,6 +110,7 @@ def gradient_rows(
     redraw.  As in training, equal completions are scored once.
     cost: forwards per completion, in views of one level (policy forward and backward, reference
     forward: 4 forwards).  The design "auto" takes what `profile` recommends.
+    low, high: 95 %, of a variance from `statistics.positive_mean_interval` over the redraws.
     """
     settings = [
         (text, k, scheme(text, config, k, inner_steps)) for text, k in product(schemes, views)
@@ -124,7 +126,9 @@ def gradient_rows(
             done += 1
             on_redraw(done, len(settings) * redraws)
         cost = sum(draw.cost for draw in draws) / redraws
-        rows += [(text, k, cost, *quantity) for quantity in _noise_quantities(draws, rollouts)]
+        draw = generator(seed, text, k, "bootstrap")
+        quantities = _noise_quantities(draws, rollouts, draw)
+        rows += [(text, k, cost, *quantity) for quantity in quantities]
     return frame_of(rows)
 
 
@@ -183,27 +187,33 @@ def _redraw(
     )
 
 
-def _noise_quantities(draws: list[Redraw], rollouts: Rollouts) -> list[tuple]:
-    """(quantity, value, stderr) of the redraws of one scheme."""
+def _noise_quantities(
+    draws: list[Redraw], rollouts: Rollouts, bootstrap: torch.Generator
+) -> list[tuple]:
+    """(quantity, value, stderr) of the redraws of one scheme; variances with their intervals."""
     n = len(draws)
     gradients = torch.stack([draw.gradient for draw in draws])
-    spread = (gradients - gradients.mean(0)).square().sum(1) * n / (n - 1)
+    spread = spreads(gradients).sum(1)
+    interval = positive_mean_interval(spread, generator=bootstrap)
     products = (gradients * (gradients.sum(0) - gradients)).sum(1) / (n - 1)
     seconds = torch.tensor([draw.seconds for draw in draws])
     return [
-        ("var_gradient", spread.mean(), spread.std() / n**0.5),
+        ("var_gradient", spread.mean(), spread.std() / n**0.5, *interval),
         ("mean_gradient_sq", products.mean(), 2 * products.std() / n**0.5),
-        *_noise_of_d([draw.d for draw in draws if draw.d is not None], rollouts),
+        *_noise_of_d([draw.d for draw in draws if draw.d is not None], rollouts, bootstrap),
         ("seconds", seconds.median(), seconds.std() / n**0.5),
     ]
 
 
-def _noise_of_d(draws: list[Tensor], rollouts: Rollouts) -> list[tuple]:
+def _noise_of_d(draws: list[Tensor], rollouts: Rollouts, bootstrap: torch.Generator) -> list[tuple]:
     """The row of the variance of d, if the method has one."""
     if not draws:
         return []
-    variance, error = variance_se(torch.stack(draws))
-    return [("var_d_rollouts", variance.mean(), _repeated_error(error, rollouts.which.cpu()))]
+    d = torch.stack(draws)
+    variance, error = variance_se(d)
+    interval = positive_mean_interval(spreads(d).mean(1), generator=bootstrap)
+    stderr = _repeated_error(error, rollouts.which.cpu())
+    return [("var_d_rollouts", variance.mean(), stderr, *interval)]
 
 
 def _gradient(

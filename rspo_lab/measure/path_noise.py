@@ -61,9 +61,10 @@ def path_rows(
         except ValueError:
             continue
         score, base = (_estimates(steps, whole, masks) for steps in (ours, theirs))
-        for quantity, value, stderr in noise_quantities(score, base, expectation):
+        draw = generator(seed, name, k, "bootstrap")
+        for quantity, *value in noise_quantities(score, base, expectation, draw):
             if quantity in QUANTITIES:
-                rows.append((name, k, masks.forward_passes, QUANTITIES[quantity], value, stderr))
+                rows.append((name, k, masks.forward_passes, QUANTITIES[quantity], *value))
     return frame_of(rows)
 
 

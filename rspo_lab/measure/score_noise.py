@@ -3,6 +3,7 @@
 Shapes: B sequences, u scored tokens of one, R replicates, n redraws of its masks.  Nats, nats^2.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -18,7 +19,7 @@ from rspo_lab.masks.base import Masks
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.oracle import count_moments, subset_tables, table_elbo, table_logp
 from rspo_lab.random_streams import generator
-from rspo_lab.statistics import correlation, variance_se
+from rspo_lab.statistics import correlation, positive_mean_interval, spreads, variance_se
 
 TABLED = 12  # most tokens of a completion whose 2^u masks are tabulated
 PERMUTATIONS = 256  # of `cycle`, for the expectation of longer ones
@@ -64,6 +65,8 @@ def score_rows(
     views that a design cannot make is left out.
     reliability: share of the variance of d, between sequences and over masks together, that is not
     noise; it is also the slope of exact on estimated d.  Its stderr is that of the noise.
+    low, high: 95 %, of a variance from `statistics.positive_mean_interval` over the redraws, else
+    value -+ 1.96 stderr.
 
     Completions of up to 12 tokens are tabulated: a redraw costs no forward, the bias is against the
     exact sum, and `exact_rows` are added.  For longer ones the expectation is that of 256
@@ -89,16 +92,23 @@ def score_rows(
         if masks is not None:
             score = _estimates(ours, batch, masks, slice_size)
             base = _estimates(theirs, batch, masks, slice_size)
-            quantities = noise_quantities(score, base, expectation)
+            draw = generator(seed, name, k, "bootstrap")
+            quantities = noise_quantities(score, base, expectation, draw)
             rows += [(name, k, masks.forward_passes, *quantity) for quantity in quantities]
         on_design(done, len(designs) * len(views))
     return frame_of(rows + exact)
 
 
 def frame_of(rows: list[tuple]) -> pd.DataFrame:
-    """Measured quantities as a frame: (design, views, cost, quantity, value, stderr) per row."""
-    frame = pd.DataFrame(rows, columns=["design", "views", "cost", "quantity", "value", "stderr"])
-    return frame.astype({"value": float, "stderr": float})
+    """Measured quantities as a frame: (design, views, cost, quantity, value, stderr) per row.
+
+    A row may go on with (low, high), its own 95 % interval; the others get value -+ 1.96 stderr.
+    """
+    columns = ["design", "views", "cost", "quantity", "value", "stderr", "low", "high"]
+    whole = [(*row, math.nan, math.nan)[: len(columns)] for row in rows]
+    frame = pd.DataFrame(whole, columns=columns).astype(dict.fromkeys(columns[4:], float))
+    reach = 1.96 * frame["stderr"]
+    return frame.fillna({"low": frame["value"] - reach, "high": frame["value"] + reach})
 
 
 def _masks_or_none(
@@ -138,9 +148,15 @@ def _drawn_expectation(
 
 
 def noise_quantities(
-    score: Float[Tensor, "n B"], base: Float[Tensor, "n B"], expectation: Expectation
+    score: Float[Tensor, "n B"],
+    base: Float[Tensor, "n B"],
+    expectation: Expectation,
+    draw: torch.Generator,
 ) -> list[tuple]:
-    """(quantity, value, stderr) of n estimates of both models' scores on shared masks."""
+    """(quantity, value, stderr) of n estimates of both models' scores on shared masks.
+
+    Variances go on with their intervals, which resample the redraws.
+    """
     d = score - base
     redraws = len(score)
     score_variance, score_error = variance_se(score)
@@ -148,12 +164,17 @@ def noise_quantities(
     noise, noise_error = _mean(d_variance, d_error)
     score_bias_variance = score_variance / redraws + expectation.score_error
     d_bias_variance = d_variance / redraws + expectation.d_error
+
+    def interval(*samples: Tensor) -> tuple[float, float]:
+        spread = torch.stack([spreads(x).mean(1) for x in samples]).sum(0)
+        return positive_mean_interval(spread, generator=draw)
+
     rows = [
-        ("var_score", *_mean(score_variance, score_error)),
+        ("var_score", *_mean(score_variance, score_error), *interval(score)),
         ("bias_score", *_bias(score, expectation.score, score_bias_variance)),
-        ("var_d_shared", noise, noise_error),
+        ("var_d_shared", noise, noise_error, *interval(d)),
         ("bias_d", *_bias(d, expectation.d, d_bias_variance)),
-        ("var_d_independent", *_mean(*variance_se(score, base))),
+        ("var_d_independent", *_mean(*variance_se(score, base)), *interval(score, base)),
     ]
     signal = expectation.signal
     if signal + noise > 0:

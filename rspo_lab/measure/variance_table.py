@@ -3,6 +3,9 @@
 Shapes: frames of `score_noise.score_rows` and `gradient_noise.gradient_rows`.  Nats^2.
 """
 
+import math
+
+import numpy as np
 import pandas as pd
 
 INFINITE = {"t_iid", "t_redraw"}  # the 1/t forms: designs whose variance does not exist
@@ -20,31 +23,45 @@ def tidy(*frames: pd.DataFrame, task: str, policy: str) -> pd.DataFrame:
 def efficiency(results: pd.DataFrame, baseline: str = "count") -> pd.DataFrame:
     """How many times lower than the baseline's each variance is at equal cost.
 
-    Columns: KEYS, design, cost, ratio, and half of its 95 % interval.  The ratio is (variance x
-    cost) of the baseline over that of the design at as many views, its error to first order in
-    those of both variances.  The 1/t forms are left out unless they are the baseline: their
-    variance is infinite, so a ratio grows with the redraws.
+    Columns: KEYS, design, cost, ratio and its 95 % interval (low, high).  The ratio is (variance x
+    cost) of the baseline over that of the design at as many views.  On a log scale the distances
+    from both variances to their bounds add in quadrature.  (MOVER: G. Y. Zou, A. Donner, Stat. Med.
+    27, 2008)  No interval (NaN) of results whose variances have none, as older versions wrote
+    them.  The 1/t forms are left out unless they are the baseline: their variance is infinite, so a
+    ratio grows with the redraws.
     """
+    results = results.reindex(columns=[*results, *({"low", "high"} - set(results))])
     masks = results["quantity"].str.startswith("var_") & (results["quantity"] != "var_rollouts")
     finite = ~results["design"].isin(INFINITE - {baseline})
     part = results[masks & finite]
     part = part[part["value"] > 0]  # a design without noise has no ratio
-    part = part.assign(work=part["value"] * part["cost"], relative=part["stderr"] / part["value"])
+    part = part.assign(
+        work=part["value"] * part["cost"],
+        down=np.log(part["value"] / part["low"]),
+        up=np.log(part["high"] / part["value"]),
+    )
     keys = [name for name in KEYS if name in part]
-    base = part.loc[part["design"] == baseline, [*keys, "work", "relative"]]
+    base = part.loc[part["design"] == baseline, [*keys, "work", "down", "up"]]
     part = part.merge(base, on=keys, suffixes=("", "_baseline"))
     ratio = part["work_baseline"] / part["work"]
-    half = 1.96 * ratio * (part["relative"] ** 2 + part["relative_baseline"] ** 2) ** 0.5
-    return part[[*keys, "design", "cost"]].assign(ratio=ratio, half=half)
+    low = ratio * np.exp(-np.hypot(part["down_baseline"], part["up"]))
+    high = ratio * np.exp(np.hypot(part["up_baseline"], part["down"]))
+    own = part["design"] == baseline  # one and the same number: no error
+    low, high = low.mask(own, ratio), high.mask(own, ratio)
+    return part[[*keys, "design", "cost"]].assign(ratio=ratio, low=low, high=high)
 
 
 def factors(results: pd.DataFrame, baseline: str = "count") -> pd.DataFrame:
-    """`efficiency` as "ratio ± half": one row per quantity and views, one column per design."""
+    """`efficiency` as "ratio [low, high]": a row per quantity and views, a column per design."""
     rows = efficiency(results, baseline)
     rows = rows[rows["design"] != baseline]
-    text = [f"{ratio:.2f} ± {half:.2f}" for ratio, half in zip(rows["ratio"], rows["half"])]
+    text = [_cell(*row) for row in zip(rows["ratio"], rows["low"], rows["high"])]
     keys = [name for name in KEYS if name in rows]
     table = rows.assign(text=text).pivot(index=keys, columns="design", values="text")
     table = table[list(rows["design"].unique())]  # in the order measured, which pivot sorts
     order = rows[keys].drop_duplicates().apply(tuple, axis=1)
     return table.reindex(order).fillna("")
+
+
+def _cell(ratio: float, low: float, high: float) -> str:
+    return f"{ratio:.2f}" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")

@@ -30,6 +30,7 @@ from rspo_lab.sweeps.comparison import (
 )
 
 RESULTS = ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
+BOUNDS = ["low", "high"]  # that results of older versions have not
 CAPTIONS = {
     "training": "Training. Left to right: reward and held-out solve rate; mean ELBO log-ratio d on "
     "policy; target, gap and spread of d; mask noise; how much λ corrects; gradient norm. "
@@ -263,14 +264,15 @@ def _noise(root: Path, entries: Sequence[Entry]) -> list[str]:
     for baseline in ("count", "t_redraw"):
         if baseline in set(results["design"]) and len(table := factors(results, baseline)):
             parts += [
-                f"<p>Times less variance than {baseline} at equal cost, "
-                "with half a 95 % interval:</p>",
+                f"<p>Times less variance than {baseline} at equal cost, with the 95 % interval of "
+                "the redraws:</p>",
                 page.table(table.reset_index()),
             ]
     for quantity in ("share", "correlation", "var_rollouts"):
         some = results[results["quantity"].str.startswith(quantity)]
         if len(some):
-            parts.append(page.table(some[["policy", "quantity", "value", "stderr"]].round(3)))
+            shown = some[["policy", "quantity", "value", *BOUNDS]]
+            parts.append(page.table(shown.round(3)))
     return parts
 
 
@@ -283,7 +285,8 @@ def _results(entries: Sequence[Entry]) -> tuple[list[pd.DataFrame], list[pd.Data
             continue
         frame = pd.read_parquet(entry.path / "results.parquet")
         if set(RESULTS) <= set(frame):
-            measured.append(frame.assign(policy=entry.label())[RESULTS])
+            frame = frame.assign(policy=entry.label())
+            measured.append(frame.reindex(columns=[*RESULTS, *BOUNDS]))
             continue
         whose = {"name": entry.name, "key": entry.path.name}
         whose |= {name: entry.params.get(name) for name in entry.shown}
