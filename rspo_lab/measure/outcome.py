@@ -34,7 +34,7 @@ PROBLEMS = 128  # of each set
 SAMPLES = 16  # per problem of the first set, for the last policy
 EARLIER_SAMPLES = 4  # the same, for earlier policies
 KS = (2, 4, 8)
-EXACT = 16  # completions whose log-ratios are exact: one of each of the first problems
+EXACT = 8  # completions whose log-ratios are exact: one of each of the first problems
 MOST_TOKENS = 8  # that have no more tokens to write than this
 FILE = "outcome.parquet"
 
