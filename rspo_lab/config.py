@@ -26,6 +26,7 @@ CHOICES = {
     "scope": ("batch", "group", "none"),
     "residual": ("shared", "leave_one_out"),
     "score_unit": ("sequence", "token"),
+    "path_score": ("tokens", "choice"),
     "zero_variance": ("keep", "skip"),
     "lora": ("none", "all-linear", "d1"),
     "cache": CACHES,
@@ -91,6 +92,7 @@ class TrainConfig:
 
     # masks
     design: str = ""  # of masks.DESIGNS such as bsc(0.5, 0.5), path, auto; "" is the method's
+    path_score: Literal["tokens", "choice"] = "tokens"  # on a path; choice: with the positions' law
     views: int = 0  # masked views per distinct completion, K; 0 is the method's
     old_views: int = 0  # above 0: d in two levels, its second part on this many views per rollout
     allocate: bool = False  # more views for completions of larger updates, measured on old_views
@@ -191,6 +193,15 @@ class TrainConfig:
             raise ValueError(
                 "old_views splits d = policy - reference in two levels: it needs objective='rspo' "
                 "and use_reference"
+            )
+        if self.path_score == "choice" and (not on_path(self.design) or self.cache != "none"):
+            raise ValueError(
+                "path_score='choice' is the law of a rollout's own steps: it needs a design on the "
+                f"path (not {self.design}), and rollouts without a cache (cache='none')"
+            )
+        if self.path_score == "choice" and self.design.startswith("path_merged"):
+            raise ValueError(
+                "path_score='choice' is the law of single steps: path_merged joins some"
             )
         if self.allocate and on_path(self.design):
             raise ValueError("allocate shares out masks of the ELBO: it needs another design")

@@ -1,34 +1,58 @@
 """The policy that a run trains with its frozen reference, and the policies that runs have saved."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
+from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig, read_config
 from rspo_lab.distributed import ALONE, World
-from rspo_lab.estimators import Denoiser
 from rspo_lab.models.adapters import add_lora
 from rspo_lab.models.diffusion_lm import DiffusionLM, shard
 from rspo_lab.models.loading import load
 
 
-def reference_of(model: DiffusionLM) -> Denoiser:
-    """The policy of this moment, frozen: adapters switched off under LoRA, else a copy."""
-    if not model.adapted:
-        frozen = copy.deepcopy(model).requires_grad_(False)
-        return torch.no_grad()(frozen)
+class Frozen:
+    """A model that is never trained: a denoiser and its conditionals, both without gradient.
+
+    adapters: whether its LoRA adapters are switched on while it is asked, if it has any.
+    """
+
+    def __init__(self, model: DiffusionLM, *, adapters: bool) -> None:
+        self.model = model
+        self.adapters = adapters
 
     @torch.no_grad()
-    def reference(batch, hidden):
-        with model.hf.disable_adapter():
-            return model(batch, hidden)
+    def __call__(self, batch: Batch, hidden: Bool[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+        """As `DiffusionLM.forward`."""
+        with self._switched():
+            return self.model(batch, hidden)
 
-    return reference
+    @torch.no_grad()
+    def conditionals(
+        self, batch: Batch, hidden: Bool[Tensor, "B L"], here: slice = slice(None)
+    ) -> Float[Tensor, "B n V"]:
+        """As `DiffusionLM.conditionals`."""
+        with self._switched():
+            return self.model.conditionals(batch, hidden, here)
+
+    def _switched(self) -> AbstractContextManager:
+        return nullcontext() if self.adapters else self.model.hf.disable_adapter()
 
 
-def policies(config: TrainConfig, world: World = ALONE) -> tuple[DiffusionLM, Denoiser]:
+def reference_of(model: DiffusionLM) -> Frozen:
+    """The policy of this moment, frozen: adapters switched off under LoRA, else a copy."""
+    if model.adapted:
+        return Frozen(model, adapters=False)
+    return Frozen(copy.deepcopy(model).requires_grad_(False), adapters=True)
+
+
+def policies(config: TrainConfig, world: World = ALONE) -> tuple[DiffusionLM, Frozen]:
     """(trainable policy, frozen reference) at the start of a run; global randomness is left alone.
 
     ValueError if `config.model` is a LoRA adapter: the reference would be the base without it.
@@ -86,7 +110,7 @@ class TrainedRun:
         """The policy of a step, or the last one."""
         return load_model(self.config, self.folders[self.step_or_last(step)])
 
-    def reference(self) -> Denoiser:
+    def reference(self) -> Frozen:
         """The frozen reference of all steps: the base."""
         return reference_of(load_model(self.config, self.folders[0]))
 
@@ -115,7 +139,7 @@ class TrainedPolicy:
     config: TrainConfig
     step: int
     policy: DiffusionLM
-    reference: Denoiser
+    reference: Frozen
 
 
 def load_trained(folder: str | Path, step: int | None = None) -> TrainedPolicy:

@@ -78,7 +78,7 @@ def _descend(
     model: DiffusionLM, optimizer: torch.optim.Optimizer, batch: Batch, draw: torch.Generator
 ) -> float:
     """One step of the optimizer; the loss before it, nats per hidden token."""
-    hidden = count(batch.valid, 1, generator=draw).hidden[0]
+    hidden = count(batch.valid.cpu(), 1, generator=draw).hidden[0].to(model.device)
     loss = -model(batch, hidden).sum() / hidden.sum()
     optimizer.zero_grad()
     loss.backward()

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ class Preempted(RuntimeError):
     """A signal asked the run to end; its checkpoint is saved."""
 
 
+class OutOfMemory(RuntimeError):
+    """The device has no room for a part of a step; the message names what bounds it."""
+
+
 def train(
     config: TrainConfig,
     run,
@@ -51,7 +56,8 @@ def train(
     the next, and the first writes the files.
 
     Raises ValueError for a checkpoint of another config, Diverged for a loss that is not finite,
-    Preempted on SIGTERM or SIGUSR2 (once the step in hand is saved).
+    OutOfMemory where the device has no room for a step, Preempted on SIGTERM or SIGUSR2 (once the
+    step in hand is saved).
     """
     run.stopped = False
     learner = Learner.start(config, world)
@@ -93,6 +99,37 @@ def train(
     return journal.history
 
 
+def _within_memory(work: str, bounds: str) -> Callable[[Callable], Callable]:
+    """Has a method of `Learner` say what bounds its memory where the device runs out of it.
+
+    bounds: what to lower first, with fields of the configuration by name.
+    """
+
+    def told(method):
+        @wraps(method)
+        def call(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemory(_mend(self.config, self.policy.world, work, bounds)) from error
+
+        return call
+
+    return told
+
+
+def _mend(config: TrainConfig, world: World, work: str, bounds: str) -> str:
+    """What to say of a device that had no room."""
+    each = config.slice_size // world.size
+    fields = {"slice_size": each, "prompts": config.prompts, "group": config.group}
+    advice = [f"lower {bounds.format(**fields)}"]
+    if config.lora == "none":
+        advice.append("train adapters (lora all-linear), whose optimizer is small")
+    if config.dtype == "float32":
+        advice.append("take dtype bfloat16" + (" with them" if config.lora == "none" else ""))
+    return f"out of memory in {work}: " + ", or ".join(advice) + "; run again to go on"
+
+
 @dataclass(frozen=True)
 class Learner:
     """What a run trains, on what, and the parts of one step."""
@@ -122,6 +159,7 @@ class Learner:
         """The parameters that are trained."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    @_within_memory("a rollout", "prompts ({prompts}) or group ({group}), which decode together")
     def roll_out(self, step: int) -> Rollouts:
         """The rollouts of one step, on problems drawn for it."""
         draw = generator(self.config.seed, step, "problems")
@@ -131,6 +169,7 @@ class Learner:
             self.config, self.policy, chosen, generator(self.config.seed, step, "rollout")
         )
 
+    @_within_memory("an update", "slice_size, masked sequences per forward ({slice_size})")
     def update(
         self, rollouts: Rollouts, step: int, profile: CountProfile | None
     ) -> tuple[dict, Tensor | None]:
@@ -154,6 +193,7 @@ class Learner:
         spent = {name: sum(logged[name] for logged, _ in updates) for name in names}
         return record | first | spent, d
 
+    @_within_memory("an evaluation", "eval_problems, of which 256 decode together")
     def solve_rate(self) -> float:
         """Greedy held-out solve rate."""
         config = self.config

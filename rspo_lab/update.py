@@ -22,7 +22,7 @@ from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.objectives import Evidence, Loss, log_ratio, score
 from rspo_lab.rollouts import Rollouts
 from rspo_lab.two_level import two_level_views
-from rspo_lab.views import Views, one_level_views
+from rspo_lab.views import Views, one_level_views, scorer
 
 
 class Diverged(RuntimeError):
@@ -89,8 +89,9 @@ def update(
             raise TypeError(f"{config.objective} must return Loss(value, log), not a {name}")
         return loss
 
+    denoiser = scorer(config, policy, rollouts.distinct.completion.shape[1])
     loss, token_logp = accumulate_gradient(
-        policy, rollouts.distinct, views.masks, loss_of, config.slice_size
+        denoiser, rollouts.distinct, views.masks, loss_of, config.slice_size
     )
     policy.world.sum_gradients(parameters)
     norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)).item()

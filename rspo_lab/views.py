@@ -3,7 +3,7 @@
 Shapes: M masked views, U distinct completions, L completion tokens.  Log-probabilities in nats.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -14,8 +14,10 @@ from rspo_lab.design_choice import CountProfile, recommend_design
 from rspo_lab.estimators import Denoiser, token_logps
 from rspo_lab.masks.base import Masks
 from rspo_lab.masks.designs import design, on_path, path_design
+from rspo_lab.path_score import StepLogp
 from rspo_lab.random_streams import generator
 from rspo_lab.rollouts import Rollouts
+from rspo_lab.sampler_law import Sampler
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,12 @@ def one_level_views(
     profile: what design "auto" goes by; key: what the masks are drawn by.
     """
 
+    length = rollouts.distinct.completion.shape[1]
+
     @torch.no_grad()
     def scored(model, masks):
-        return token_logps(model, rollouts.distinct, masks, slice_size=config.slice_size)
+        denoiser = scorer(config, model, length)
+        return token_logps(denoiser, rollouts.distinct, masks, slice_size=config.slice_size)
 
     method = config.method
     drawn = []
@@ -57,6 +62,22 @@ def one_level_views(
         first = method.old and inner == 0
         drawn.append(Views(masks, fixed, old, first, forwards=models * masks.forward_passes))
     return drawn
+
+
+def scorer(config: TrainConfig, model: Denoiser, length: int) -> Denoiser:
+    """What scores a view for this run: the model, or the law of a rollout's steps by it.
+
+    length: of a completion, what a block or a number of steps of 0 stands for.
+    """
+    if config.path_score == "tokens":
+        return model
+    sampler = Sampler(
+        temperature=config.temperature,
+        threshold=config.threshold,
+        block=config.block or length,
+        steps=config.decode_steps or length,
+    )
+    return StepLogp(model, sampler)
 
 
 def draw_masks(
@@ -76,7 +97,12 @@ def draw_masks(
     if distinct.step is None or distinct.surprisal is None:
         raise ValueError(f"design {name!r} needs rollouts that carry their steps")
     step = distinct.step.cpu()
-    return path_design(name)(valid, step, distinct.surprisal.cpu(), views, generator=draw)
+    surprisal = distinct.surprisal.cpu()
+    if config.path_score == "tokens":
+        return path_design(name)(valid, step, surprisal, views, generator=draw)
+    # all that was written counts, also behind the end; a state's law is one of all its positions
+    masks = path_design(name)(step >= 0, step, surprisal, views, generator=draw)
+    return replace(masks, scored=None)
 
 
 def design_name(config: TrainConfig, profile: CountProfile | None, views: int) -> str:

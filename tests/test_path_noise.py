@@ -27,7 +27,7 @@ def test_sampled_steps_have_the_paths_mean_and_their_own_variance(paths):
     rows = path_rows(
         policy, reference, paths, designs=["path_uniform"], views=[2], redraws=4000, seed=0
     ).set_index("quantity")
-    assert abs(rows.loc["bias_d", "value"]) < 4 * rows.loc["bias_d", "stderr"]
+    assert abs(rows.loc["bias_path_d", "value"]) < 4 * rows.loc["bias_path_d", "stderr"]
     big = paths.rows(torch.arange(3).repeat_interleave(1000))
     masks = path_design("path_uniform")(
         big.valid, big.step, big.surprisal, 2, generator=torch.Generator().manual_seed(1)
@@ -35,7 +35,7 @@ def test_sampled_steps_have_the_paths_mean_and_their_own_variance(paths):
     with torch.no_grad():
         d = (elbo_draws(policy, big, masks) - elbo_draws(reference, big, masks))[0]
     variance = d.view(3, 1000).var(1).mean().item()
-    assert rows.loc["var_d_shared", "value"] == pytest.approx(variance, rel=0.1)
+    assert rows.loc["var_path_d", "value"] == pytest.approx(variance, rel=0.1)
 
 
 def test_scoring_the_whole_path_has_no_noise(paths):

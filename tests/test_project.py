@@ -28,7 +28,8 @@ LOCK = newest.locked()
 ROOMS = """
 runs tasks
 batch random_streams statistics distributed masks estimators
-advantages objectives diagnostics design_choice schedule sampler sampler_law oracle
+advantages objectives diagnostics design_choice schedule sampler sampler_law
+path_score oracle
 models decoding plugins config policies rollouts views two_level update
 checkpoints journal pretraining training
 measure figures benchmarks interactive sweeps

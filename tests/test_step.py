@@ -30,7 +30,7 @@ from rspo_lab.objectives import (
     Evidence,
     Method,
     log_ratio,
-    reinforce_elbo,
+    reinforce,
     relative_score,
     rspo,
     score,
@@ -51,7 +51,7 @@ def test_per_token_is_the_same_loss_of_draws_over_valid_tokens(method):
     loss = {
         "rspo": lambda e, unit: rspo(e, lam=0.7, score_unit=unit),
         "no_reference": lambda e, unit: rspo(e, lam=0.7, score_unit=unit, use_reference=False),
-        "reinforce": lambda e, unit: reinforce_elbo(e, score_unit=unit),
+        "reinforce": lambda e, unit: reinforce(e, score_unit=unit),
     }[method]
     hidden = torch.zeros(2, 3, 3, dtype=torch.bool)
     hidden[:, :, 0] = True
@@ -339,7 +339,7 @@ def test_old_is_there_for_those_who_ask_only():
 
 def test_a_gradient_without_a_reference_is_measured(monkeypatch):
     def ascent(e, *, score_unit: str):
-        return reinforce_elbo(e, score_unit=score_unit)
+        return reinforce(e, score_unit=score_unit)
 
     monkeypatch.setitem(METHODS, "ascent", Method(ascent, reference=False))
     policy, reference = table_denoiser(3, 2, 0), table_denoiser(3, 2, 1)

@@ -221,6 +221,10 @@ def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_p
         dict(cache="dual", block=4, threshold=1.0),
         dict(attention="eager"),
         dict(objective="reinforce_path", views=0),
+        dict(
+            objective="reinforce_path", views=0, path_score="choice", decode_steps=8, threshold=0.5
+        ),
+        dict(objective="rspo_path", views=2, design="path_systematic", path_score="choice"),
         dict(objective="rspo_path", views=0, threshold=0.3, inner_steps=2),
         dict(design="path_surprising", views=2, block=4),
     ],
@@ -356,6 +360,13 @@ def test_a_local_file_is_trained_on_without_the_held_out_problems(base, tmp_path
     "changes, match",
     [
         (dict(objective="ppo"), "objective must be one of rspo, .*, not 'ppo'"),
+        (dict(path_score="choice"), "needs a design on the path"),
+        (
+            dict(objective="rspo_path", views=0, path_score="choice", cache="prefix"),
+            "without a cache",
+        ),
+        (dict(design="path_merged", views=1, path_score="choice"), "path_merged joins"),
+        (dict(objective="rspo_path"), "views must be 1, not 2"),
         (dict(task="sudok"), "sudoku"),
         (dict(design="cont"), "design must be one of count"),
         (dict(group=1), "group must be at least 2"),

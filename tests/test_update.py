@@ -9,7 +9,7 @@ from conftest import completions
 from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import log_ratio_draws, token_logps
-from rspo_lab.masks.designs import design
+from rspo_lab.masks.designs import design, on_path
 from rspo_lab.masks.published import count, coupled, spg_block
 from rspo_lab.measure.cost import peak_bytes
 from rspo_lab.models.loading import load, tiny
@@ -62,7 +62,7 @@ def test_slices_change_no_method(name):
     row = METHODS[name]
     shared = {f.name: f.default for f in fields(TrainConfig)} | {"lam": 0.3}
     hyper = {key: shared.get(key, p.default) for key, p in row.hyperparameters.items()}
-    draw = design("spg_block(3)" if row.design == "path" else row.design)
+    draw = design("spg_block(3)" if on_path(row.design) else row.design)
     check_slices(draw, row.views, lambda e: row.loss(e, **hyper), (3,))
 
 

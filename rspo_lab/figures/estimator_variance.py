@@ -28,6 +28,7 @@ EFFICIENCIES = {
     "var_d_shared": "ELBO log-ratio d",
     "var_gradient": "RSPO gradient",
 }
+PATH = {"var_path_score": "score of the path", "var_path_d": "log-ratio d of the path"}
 RATIO_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 
 
@@ -53,6 +54,22 @@ def variance_figure(results: pd.DataFrame) -> Figure:
         for axis in axes[1]:
             axis.set_xlabel("cost, views per sequence")
         _legend_of_all(figure, ncols=5)
+    return figure
+
+
+def path_figure(sampled: pd.DataFrame) -> Figure:
+    """Variance of the path's score and d against the steps scored, one line per design."""
+    styles = design_styles(list(sampled["design"].unique()))
+    with new_figure(PAGE, 2.3) as figure:
+        for axis, (quantity, title) in zip(figure.subplots(1, 2), PATH.items()):
+            part = sampled[(sampled["quantity"] == quantity) & (sampled["value"] > 0)]
+            for design, rows in part.groupby("design", sort=False):
+                style = styles[design] | {"label": design, "capsize": 1.5}
+                axis.errorbar(rows["cost"], rows["value"], 1.96 * rows["stderr"], **style)
+            axis.set(title=f"Variance, {title}", xlabel="steps scored per completion")
+            log_y(axis)
+        figure.axes[0].set_ylabel("variance, nats²")
+        _legend_of_all(figure, ncols=4)
     return figure
 
 

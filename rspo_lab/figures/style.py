@@ -44,6 +44,10 @@ DESIGN_STYLE = {  # colour and marker, so that a figure also reads in grey
     "left_to_right": (INK, ">"),
     "spg_block": (INK, "h"),
     "auto": ("black", "8"),
+    "path_uniform": (OKABE_ITO["blue"], "o"),
+    "path_stratified": (OKABE_ITO["orange"], "^"),
+    "path_systematic": (OKABE_ITO["green"], "s"),
+    "path_surprising": (OKABE_ITO["purple"], "P"),
 }
 OTHER_DESIGN = ("black", "*")  # one that a user has added
 # marker (None: its own) and line of the first, second ... parametrisation of one design

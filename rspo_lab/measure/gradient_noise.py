@@ -33,7 +33,8 @@ MOVING_VIEWS = 4  # of `count`, for the updates before the one that is measured
 def method_config(config: TrainConfig, objective: str, *, lam: float) -> TrainConfig:
     """`config` with the method and the lambda whose gradient is measured.
 
-    What schemes vary is set aside: one level of masks, the shared residual, the sequence's score.
+    What schemes vary is set aside: one level of masks, the shared residual, the sequence's score,
+    of a path's steps the tokens.
     The method's own hyperparameters are its defaults; the advantage is still the run's.
     """
     return replace(
@@ -43,6 +44,7 @@ def method_config(config: TrainConfig, objective: str, *, lam: float) -> TrainCo
         lam=lam,
         residual="shared",
         score_unit="sequence",
+        path_score="tokens",
         old_views=0,
         allocate=False,
     )

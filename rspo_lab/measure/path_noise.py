@@ -17,6 +17,14 @@ from rspo_lab.masks.designs import path_design
 from rspo_lab.measure.score_noise import Expectation, frame_of, noise_quantities
 from rspo_lab.random_streams import generator
 
+# of `score_noise` and what it is called here: another score with another expectation
+QUANTITIES = {
+    "var_score": "var_path_score",
+    "var_d_shared": "var_path_d",
+    "bias_score": "bias_path_score",
+    "bias_d": "bias_path_d",
+}
+
 
 @torch.no_grad()
 def path_rows(
@@ -32,10 +40,11 @@ def path_rows(
 ) -> pd.DataFrame:
     """Bias and variance of the path's score and of its d when only some of its steps are scored.
 
-    batch: rollouts that carry their steps (`Rollouts.distinct` of a run on the path).  The columns
-    and quantities are those of `score_noise.score_rows`; the expectation is the whole path, which
-    is scored once, so a redraw of steps costs no forward.  Designs without randomness, which make
-    one number of views, are scored as they are.  ValueError for a batch without steps.
+    batch: rollouts that carry their steps (`Rollouts.distinct` of a run on the path).  One row per
+    design, number of views and quantity, as `score_noise.score_rows`: bias_path_score, bias_path_d,
+    var_path_score, var_path_d (policy and reference at the same steps).  The expectation is the
+    whole path, which is scored once, so a redraw of steps costs no forward.  Designs without
+    randomness make one number of views.  ValueError for a batch without steps.
     """
     if batch.step is None or batch.surprisal is None:
         raise ValueError("path_rows needs rollouts that carry their steps: roll out for a path")
@@ -52,9 +61,9 @@ def path_rows(
         except ValueError:
             continue
         score, base = (_estimates(steps, whole, masks) for steps in (ours, theirs))
-        rows += [
-            (name, k, masks.forward_passes, *q) for q in noise_quantities(score, base, expectation)
-        ]
+        for quantity, value, stderr in noise_quantities(score, base, expectation):
+            if quantity in QUANTITIES:
+                rows.append((name, k, masks.forward_passes, QUANTITIES[quantity], value, stderr))
     return frame_of(rows)
 
 
@@ -80,7 +89,7 @@ def merged_rows(
             - elbo_draws(model, batch, whole, slice_size=slice_size)[0].double()
             for model in (policy, reference)
         )
-        for quantity, bias in (("bias_score", ours), ("bias_d", ours - theirs)):
+        for quantity, bias in (("bias_path_score", ours), ("bias_path_d", ours - theirs)):
             error = bias.std() / len(bias) ** 0.5
             name = f"path_merged({merge})"
             rows.append((name, 1, masks.forward_passes, quantity, bias.mean(), error))

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rspo_lab.batch import Batch
 from rspo_lab.distributed import ALONE, whole
-from rspo_lab.models.kv_cache import BlockCache
+from rspo_lab.models.kv_cache import BlockCache, cache_keyword
 from rspo_lab.models.vocabulary_head import head_logits, token_logp
 
 
@@ -151,11 +151,12 @@ class DiffusionLM(nn.Module):
     ) -> Float[Tensor, "B n H"]:
         """The states that give the logits of each of `ids`; P may include cached positions only."""
         cached = 0 if cache is None else cache.get_seq_length()
+        if cache is not None:
+            more[cache_keyword(type(self._base.model))] = cache
         with self.precision():
             output = self._base.model(
                 input_ids=ids,
                 attention_mask=self._attention_mask(prompt_valid, cached + ids.shape[1]),
-                cache=cache,
                 use_cache=cache is not None,
                 **more,
             )

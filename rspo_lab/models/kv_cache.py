@@ -5,10 +5,12 @@ Approximate: they belong to the tokens that stood in the block when they were co
 Shapes: B sequences of S tokens, h heads, D width of a head.
 """
 
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 
@@ -39,3 +41,16 @@ class BlockCache(DynamicCache):
             return super().update(keys, values, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         return torch.cat([layer.keys, keys], 2), torch.cat([layer.values, values], 2)
+
+
+@cache
+def cache_keyword(model: type[nn.Module]) -> str:
+    """What a transformers model calls its cache: `cache`, and `past_key_values` in older versions.
+
+    A model takes any other keyword without a word, and would go on without the cache.  TypeError
+    for a model that has neither.
+    """
+    for name in ("cache", "past_key_values"):
+        if name in signature(model.forward).parameters:
+            return name
+    raise TypeError(f"{model.__name__} takes no cache")

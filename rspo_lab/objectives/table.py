@@ -25,16 +25,14 @@ class Method:
         Keyword-only arguments that are named like a field of the training configuration (lam,
         scope, score_unit ...) get that field's value; the others are the method's own and have a
         default.
-    branches: N of SAPO (arXiv:2510.01544): the advantage is A + 1[A > 0] (mean reward of N
-        completions from a random state of the rollout, less the group's mean reward).
     """
 
     loss: Callable[..., Loss]
     advantage: str = "standardized"  # a name of advantages.ADVANTAGES
     design: str = "count"  # a name of masks.DESIGNS or masks.path.PATH_DESIGNS
-    views: int = 2  # masked views per distinct completion
+    views: int = 2  # masked views per distinct completion; 1 for designs without randomness
     inner_steps: int = 1  # updates on one rollout
-    branches: int = 0  # completions more from one random state of each rollout, for their reward
+    branches: int = 0  # completions from one random state of every rollout, for `process_reward`
     old: bool = False  # whether the loss looks at the log-probs of the rollout's policy
     reference: bool = True  # whether the frozen reference is scored; without it no d is logged
 

@@ -1,0 +1,113 @@
+"""A path's score with the law of the positions: sums to 1 over paths, and its gradient is that of
+the sampler's expected reward; the tokens alone are not.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import completions, table_denoiser
+
+from rspo_lab.batch import Batch
+from rspo_lab.estimators import token_logps
+from rspo_lab.masks.path import path
+from rspo_lab.oracle import sampler_logp
+from rspo_lab.path_score import StepLogp
+from rspo_lab.sampler_law import Sampler
+
+LENGTH, IDS = 4, 2
+SAMPLERS = [
+    Sampler(temperature=1.0, threshold=1.0, block=4, steps=4),
+    Sampler(temperature=1.0, threshold=0.6, block=4, steps=4),
+    Sampler(temperature=0.7, threshold=0.6, block=4, steps=2),
+    Sampler(temperature=1.5, threshold=0.8, block=2, steps=4),
+]
+
+
+def ways(sampler: Sampler) -> list[tuple[int, ...]]:
+    """At which step each position may be written: a block's steps follow each other from its first,
+    and none is left out while tokens remain.
+    """
+    each = sampler.block_steps(LENGTH)
+    of_a_block = [
+        steps
+        for steps in itertools.product(range(each), repeat=sampler.block)
+        if set(steps) == set(range(max(steps) + 1))
+    ]
+    blocks = itertools.product(of_a_block, repeat=LENGTH // sampler.block)
+    return [tuple(b * each + n for b, steps in enumerate(way) for n in steps) for way in blocks]
+
+
+def all_paths(sampler: Sampler) -> Batch:
+    """Every completion by every way to write it."""
+    ids = itertools.product(range(IDS), repeat=LENGTH)
+    rows = list(itertools.product(ids, ways(sampler)))
+    batch = completions([list(completion) for completion, _ in rows])
+    step = torch.tensor([way for _, way in rows])
+    return replace(batch, step=step, surprisal=torch.ones(step.shape))
+
+
+def score(denoiser, batch, *, tokens_alone=False):
+    """The sum over the states of each path; of the tokens written there, or of all hidden ones."""
+    masks = path(batch.valid, batch.step, batch.surprisal, 1, generator=torch.Generator())
+    if not tokens_alone:
+        masks = replace(masks, scored=None)
+    return token_logps(denoiser, batch, masks).sum((0, 2))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_paths_to_a_completion_sum_to_its_likelihood(sampler):
+    model = table_denoiser(LENGTH, IDS, 3)
+    batch = all_paths(sampler)
+    law = score(StepLogp(model, sampler).exact, batch).exp()
+    code = (batch.completion * IDS ** torch.arange(LENGTH)).sum(1)
+    total = torch.zeros(IDS**LENGTH, dtype=torch.float64).index_add(0, code, law)
+    exact = torch.zeros_like(total)
+    likelihood = sampler_logp(model.conditionals, batch, batch.valid, sampler).exp()
+    exact[code] = likelihood
+    torch.testing.assert_close(total, exact, rtol=0, atol=1e-12)
+    assert total.sum().item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_only_the_law_of_the_positions_makes_the_gradient_that_of_the_reward(sampler):
+    """E[R grad log Pr[path]] is the gradient of the sampler's expected reward, to rounding; with
+    the tokens alone it is another vector.
+    """
+    model = table_denoiser(LENGTH, IDS, 3)
+    batch = all_paths(sampler)
+    reward = (batch.completion.sum(1) % 3 == 1).double()
+    ends = len(ways(sampler))  # completions come one after the other, each in so many ways
+    likelihood = sampler_logp(
+        model.conditionals, batch.rows(slice(None, None, ends)), batch.valid[::ends], sampler
+    )
+    expected = (reward[::ends] * likelihood.exp()).sum()
+    (exact,) = torch.autograd.grad(expected, model.logits)
+    steps = StepLogp(model, sampler)
+    chance = score(steps.exact, batch).exp().detach()
+    (ours,) = torch.autograd.grad((chance * reward * score(steps, batch)).sum(), model.logits)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
+    (tokens,) = torch.autograd.grad(
+        (chance * reward * score(model, batch, tokens_alone=True)).sum(), model.logits
+    )
+    assert (tokens - exact).norm() > 0.2 * exact.norm()
+
+
+def test_an_impossible_step_counts_with_its_tokens():
+    sampler = SAMPLERS[1]
+    model = table_denoiser(LENGTH, IDS, 3)
+    batch = all_paths(sampler)
+    impossible = score(StepLogp(model, sampler).exact, batch).isinf()
+    assert 0 < impossible.sum() < len(batch)
+    assert score(StepLogp(model, sampler), batch).isfinite().all()
+    once = batch.rows(((batch.step == 0).all(1)).nonzero()[:, 0])  # all at once, few are sure
+    unsure = score(StepLogp(model, sampler).exact, once).isinf()
+    plain = score(model, once, tokens_alone=True)
+    torch.testing.assert_close(score(StepLogp(model, sampler), once)[unsure], plain[unsure])
+
+
+def test_batches_without_steps_are_refused():
+    batch = completions([[0, 1, 0, 1]])
+    with pytest.raises(ValueError, match="carry their steps"):
+        StepLogp(table_denoiser(LENGTH, IDS, 0), SAMPLERS[0])(batch, batch.valid)
