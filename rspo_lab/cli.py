@@ -1,4 +1,4 @@
-"""The command line: `rspo-lab run | train | grade | eval | runs | sweep | report`.
+"""The command line: `rspo-lab run | train | grade | eval | runs | sweep | report | compare`.
 
 Exit codes: 0 done; 1 a failure at run time; 2 bad input, with one line that says so; `run` has more
 (notebook.Outcome).  Nothing heavy is imported before the input is known to be good.
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_runs(commands.add_parser("runs", help="what ran, and how it ended"))
     _add_sweep(commands.add_parser("sweep", help="run a study or a grid, and write its report"))
     _add_report(commands.add_parser("report", help="one HTML page over all runs in a folder"))
+    _add_compare(commands.add_parser("compare", help="methods against each other, in one table"))
     return parser
 
 
@@ -226,6 +227,22 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write one HTML page over all runs in a folder, and results.parquet."
     parser.set_defaults(command=_report)
     parser.add_argument("folder", type=Path, help="of a sweep, such as runs/variance")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compare methods, each at the rate that its tuning seeds (100 and above) chose.  Measures "
+        "what the saved policies of the runs below the folders solve, once."
+    )
+    parser.set_defaults(command=_compare)
+    parser.add_argument(
+        "sources",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER|FILE.parquet",
+        help="folders of runs, such as runs/objectives, or what --out wrote",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.parquet", help="write all rows there")
 
 
 def _add_parameters(parser: argparse.ArgumentParser) -> None:
@@ -510,6 +527,26 @@ def _report(args: argparse.Namespace) -> int:
     from rspo_lab.sweeps.report import report
 
     print(report(args.folder))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    import pandas as pd
+
+    from rspo_lab.runs.files import replacing
+    from rspo_lab.sweeps.methods import collect, methods_table
+
+    files = [source for source in args.sources if source.suffix == ".parquet"]
+    if files and len(args.sources) > 1:
+        raise UsageError("give folders of runs, or one file of a comparison")
+    frame = pd.read_parquet(files[0]) if files else collect(args.sources)
+    if args.out:
+        with replacing(args.out) as new:
+            frame.to_parquet(new)
+    for (task, base), rows in methods_table(frame).groupby(["task", "base"], sort=False):
+        print(
+            f"{task}, from {base}\n{rows.drop(columns=['task', 'base']).to_string(index=False)}\n"
+        )
     return 0
 
 

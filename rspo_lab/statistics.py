@@ -26,6 +26,46 @@ def mean_interval(values: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def crossed_interval(
+    values: Float[Tensor, "S C"], weights: Float[Tensor, " C"]
+) -> tuple[float, float, float]:
+    """(mean, low, high), 95 %, of what S seeds measured on the same C clusters of problems.
+
+    values: the mean of each cluster's problems (or a difference of two methods', paired by seed and
+    cluster).  weights: problems per cluster.  Seeds and clusters are both taken for a sample, of
+    all seeds and of all clusters: Var = (MS_seed + MS_cluster - MS_rest) / (S C) by the mean
+    squares of a crossed design, at least that of seeds or clusters alone, with Satterthwaite's
+    degrees of freedom (Biometrics Bulletin 2, 1946).  The mean is that over problems, a ratio of
+    cluster sums, linearised.  Of one seed it is an interval over clusters alone.  Where nothing
+    varies it has no width.  ValueError for fewer than 2 clusters.
+    """
+    values = values.double()
+    seeds, clusters = values.shape
+    if clusters < 2:
+        raise ValueError(f"an interval over problems needs 2 clusters of them, not {clusters}")
+    share = weights.double() * clusters / weights.double().sum()
+    mean = (values * share).mean()
+    z = (values - mean) * share
+    of_seed = z.mean(1, keepdim=True)
+    of_cluster = z.mean(0, keepdim=True)
+    rest = z - of_seed - of_cluster
+    df_cluster = clusters - 1
+    ms_cluster = (seeds * of_cluster.square().sum() / df_cluster).item()
+    if seeds == 1:
+        half = _student(df_cluster) * math.sqrt(ms_cluster / clusters)
+        return mean.item(), mean.item() - half, mean.item() + half
+    ms_seed = (clusters * of_seed.square().sum() / (seeds - 1)).item()
+    ms_rest = (rest.square().sum() / ((seeds - 1) * df_cluster)).item()
+    total = ms_seed + ms_cluster - ms_rest
+    if total <= max(ms_seed, ms_cluster):
+        total, df = max((ms_seed, seeds - 1), (ms_cluster, df_cluster))
+    else:
+        spread = ms_seed**2 / (seeds - 1) + ms_cluster**2 / df_cluster
+        df = total**2 / (spread + ms_rest**2 / ((seeds - 1) * df_cluster))
+    half = _student(max(1, int(df))) * math.sqrt(total / (seeds * clusters))
+    return mean.item(), mean.item() - half, mean.item() + half
+
+
 def rate_interval(rates: list[float], problems: int) -> tuple[float, float, float]:
     """(mean, low, high), 95 %, of a solve rate in [0, 1] that each seed measured on `problems`.
 

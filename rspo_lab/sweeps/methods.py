@@ -1,0 +1,248 @@
+"""Methods against each other: each at the learning rate that its tuning seeds chose.
+
+Runs of a `sweep` and of `train` are read alike, from their folders alone.  A run with a seed from
+TUNING_SEEDS on helps to choose its method's rate and is reported nowhere; the others are reported.
+Rates of problems in [0, 1] in frames, in % in tables; divergences in nats.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from rspo_lab.config import TrainConfig, read_config
+from rspo_lab.measure.outcome import base_outcome, outcome
+from rspo_lab.runs.files import read_json, read_jsonl
+from rspo_lab.runs.parameters import flat
+from rspo_lab.runs.run import load_runs
+from rspo_lab.statistics import crossed_interval, mean_interval
+from rspo_lab.sweeps.comparison import evaluation_curve, interval
+
+TUNING_SEEDS = 100  # seeds from here on
+GAIN = 0.1  # held-out solve rate above the base, for the completions that it takes to get there
+BASELINES = ("rspo", "reinforce_elbo")  # of the paired differences
+BASE = "base"  # the method of a base's own row
+# fields that are no part of a variant: where and how long a run is watched, not what it learns
+UNSEEN = {
+    *("task", "model", "objective", "lr", "seed", "plugins", "snapshots", "eval_every"),
+    *("eval_problems", "checkpoint_every", "slice_size", "device"),
+}
+
+
+def collect(folders: Sequence[Path]) -> pd.DataFrame:
+    """All training runs below the folders that ended, and their bases: one row per saved policy.
+
+    task, model (the base), method, variant (where it differs from its method's tuning runs), lr,
+    seed, tuning, diverged; the columns of `outcome` (missing for tuning runs, one row each, and for
+    a run that diverged); tuned_on: mean of a run's last two held-out evaluations, what a rate is
+    chosen by; completions: how many it took to solve GAIN more than the base, NaN if it never did,
+    by straight lines between evaluations; scored, decoded: forwards per completion of scoring (all
+    models, a backward counts as two) and of the rollout; seconds: of all steps; torch,
+    transformers, device, commit: where it was run.  Runs that did not end are left out.
+    """
+    frames = []
+    bases: dict[tuple[str, str], pd.DataFrame] = {}
+    ended = [run for folder in folders for run in _ended(Path(folder))]
+    usual = _usual(ended)
+    for path, config, diverged in ended:
+        row = _run_row(path, config, usual[config.task, config.model, config.objective])
+        row["diverged"] = diverged
+        place = (config.task, Path(config.model).name)
+        if row["tuning"] or diverged:
+            frames.append(pd.DataFrame([row | {"step": config.steps, "final": True}]))
+        else:
+            frames.append(outcome(path).assign(**row))
+        if place not in bases:
+            who = {"task": config.task, "model": place[1], "method": BASE, "variant": ""}
+            bases[place] = base_outcome(config).assign(**who, tuning=False, diverged=False)
+    if not frames:
+        raise ValueError(f"no training run that ended in {', '.join(map(str, folders))}")
+    return pd.concat([*bases.values(), *frames], ignore_index=True)
+
+
+def _ended(folder: Path) -> list[tuple[Path, TrainConfig, bool]]:
+    """(folder, configuration, whether it diverged) of the training runs below a folder."""
+    runs = []
+    for path in map(Path, load_runs(folder)["path"]):
+        status = read_json(path / "status.json")
+        diverged = status.get("error", {}).get("kind") == "Diverged"
+        if (path / "metrics.jsonl").is_file() and (status.get("state") == "done" or diverged):
+            runs.append((path, read_config(path), diverged))
+    return runs
+
+
+def _usual(runs: Sequence[tuple[Path, TrainConfig, bool]]) -> dict[tuple, dict[str, Any]]:
+    """The configuration of each (task, base, method): of a tuning run, else of the first one."""
+    usual: dict[tuple, dict[str, Any]] = {}
+    for _, config, _ in sorted(runs, key=lambda run: run[1].seed < TUNING_SEEDS):
+        place = (config.task, config.model, config.objective)
+        usual.setdefault(place, flat(vars(config)))
+    return usual
+
+
+def _run_row(path: Path, config: TrainConfig, usual: dict[str, Any]) -> dict[str, Any]:
+    """What `collect` says of a run whatever it has learned."""
+    own = flat(vars(config))
+    other = [k for k in own if k not in UNSEEN and own[k] != usual.get(k)]
+    curve = evaluation_curve(path)
+    records = pd.DataFrame(read_jsonl(path / "metrics.jsonl")[1:])
+    timing = pd.DataFrame(read_jsonl(path / "timing.jsonl"))
+    source = read_json(path / "provenance.json")
+    versions = source.get("versions", {})
+    return {
+        "task": config.task,
+        "model": Path(config.model).name,
+        "method": config.objective,
+        "variant": ", ".join(f"{k} = {own[k]}" for k in other),
+        "lr": config.lr,
+        "seed": config.seed,
+        "tuning": config.seed >= TUNING_SEEDS,
+        "tuned_on": curve["rate"].iloc[-2:].mean(),
+        "completions": _steps_to(curve) * config.prompts * config.group,
+        "scored": records["forwards"].mean(),
+        "decoded": records["decoding_forwards"].mean(),
+        "seconds": timing[["rollout_s", "update_s"]].sum().sum(),
+        "torch": versions.get("torch"),
+        "transformers": versions.get("transformers"),
+        "device": source.get("device"),
+        "commit": (source.get("git") or "")[:10] + ("+" if source.get("dirty") else ""),
+    }
+
+
+def _steps_to(curve: pd.DataFrame) -> float:
+    """The first step at which the line through the evaluations is GAIN above the first one."""
+    step, rate = curve["step"].to_numpy(float), curve["rate"].to_numpy(float)
+    goal = rate[0] + GAIN
+    above = np.flatnonzero(rate >= goal)
+    if not len(above):
+        return float("nan")
+    i = above[0]
+    return float(np.interp(goal, rate[i - 1 : i + 1], step[i - 1 : i + 1]))
+
+
+def chosen_rates(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per (task, model, method) with tuning runs: the rate of the best mean `tuned_on`.
+
+    A run that diverged counts as solving nothing; of equal rates the lowest is taken.  interior:
+    whether there is a worse rate on either side of it; tried: all rates with their means, in %.
+    """
+    tuning = frame[frame["tuning"]]
+    score = tuning["tuned_on"].where(~tuning["diverged"].astype(bool), 0.0)
+    rows = []
+    for place, part in tuning.assign(score=score).groupby(["task", "model", "method"], sort=False):
+        means = part.groupby("lr")["score"].mean()
+        best = means.idxmax()  # the first, hence the lowest, of equal ones
+        rows.append(
+            dict(zip(("task", "model", "method"), place))
+            | {
+                "lr": best,
+                "interior": bool(means.index.min() < best < means.index.max()),
+                "tried": ", ".join(f"{lr:g}: {100 * mean:.1f}" for lr, mean in means.items()),
+            }
+        )
+    return pd.DataFrame(rows, columns=["task", "model", "method", "lr", "interior", "tried"])
+
+
+def reported(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the reported seeds at the chosen rates, with `interior`, and those of the bases.
+
+    A method without tuning runs is reported at the rate that it has.
+    """
+    rates = chosen_rates(frame).rename(columns={"lr": "chosen"})
+    rows = frame[~frame["tuning"].astype(bool)]
+    rows = rows.merge(rates, on=["task", "model", "method"], how="left")
+    return rows[rows["chosen"].isna() | (rows["lr"] == rows["chosen"])]
+
+
+def methods_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per (task, base, method, variant) of `collect`, the best greedy rate first.
+
+    lr: the chosen rate, "!" where none on one side of it was tried.  greedy, T = 1: mean solve rate
+    in % over seeds, with its 95 % interval over seeds and clusters of problems
+    (`statistics.crossed_interval`).  over ...: points above a method at its own rate, paired by
+    seed and problem, n seeds where not all are paired.  KL: of the sampler, nats, 95 % Student over
+    seeds.  completions: the median number that it took to solve GAIN more than the base (thousands;
+    > all where most seeds never did).  collapsed: seeds whose final greedy rate is below the base's
+    interval, or that diverged.
+    """
+    rows = []
+    for (task, model), part in reported(frame).groupby(["task", "model"], sort=False):
+        final = part[part["final"] | (part["method"] == BASE)]
+        groups = {
+            key: group.sort_values("seed")
+            for key, group in final.groupby(["method", "variant"], sort=False)
+        }
+        base = groups[BASE, ""]
+        floor = crossed_interval(*_clusters(base, "greedy"))[1]
+        first = {name: groups.get((name, "")) for name in BASELINES}
+        named = [_method_row(key, group, first, floor) for key, group in groups.items()]
+        named.sort(key=lambda row: -row["order"])
+        rows += [{"task": task, "base": model} | row for row in named]
+    return pd.DataFrame(rows).drop(columns="order").fillna("")
+
+
+def _method_row(
+    key: tuple[str, str], group: pd.DataFrame, first: dict[str, Any], floor: float
+) -> dict[str, Any]:
+    """One row of `methods_table`."""
+    alive = group[group["greedy"].notna()]
+    below = (group["greedy"] < floor) | group["diverged"].astype(bool)
+    row: dict[str, Any] = {"method": ", ".join(filter(None, key)), "order": -1.0}
+    if key[0] != BASE:
+        row["lr"] = f"{group['lr'].iloc[0]:g}" + ("!" if group["interior"].iloc[0] is False else "")
+        row["seeds"] = len(group)
+        row["collapsed"] = f"{below.sum()}/{len(group)}"
+    if not len(alive):
+        return row
+    row["order"] = alive["greedy"].mean()
+    for name, column in (("greedy", "greedy"), ("T = 1", "sampled")):
+        row[f"{name}, %"] = _percent(crossed_interval(*_clusters(alive, column)))
+    for name, other in first.items():
+        if other is not None and key != (name, "") and key[0] != BASE:
+            row[f"over {name}"] = paired(alive, other)
+    row["pass@8, %"] = f"{100 * alive['pass_8'].mean():.1f}"
+    row["distinct in 8"] = f"{alive['distinct_8'].mean():.2f}"
+    if key[0] == BASE:
+        return row
+    row["KL, nats"] = _over_seeds(alive["kl_sampler"].tolist())
+    row["random order"] = f"{alive['random_order_ratio'].mean():.2f}"
+    reached = group["completions"].fillna(np.inf).median() / 1000
+    row["completions, k"] = f"{reached:.1f}" if np.isfinite(reached) else "> all"
+    row["forwards"] = f"{group['decoded'].mean():.1f} + {group['scored'].mean():.1f}"
+    row["seconds"] = f"{group['seconds'].mean():.0f}"
+    return row
+
+
+def paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
+    """Points above another method over the seeds of both, `+3.1 [+0.2, +6.0]`; "" without any."""
+    ours = ours[ours["greedy"].notna()].set_index("seed")
+    theirs = theirs[theirs["greedy"].notna()].set_index("seed")
+    seeds = [seed for seed in ours.index if seed in theirs.index]
+    if not seeds:
+        return ""
+    values, weights = _clusters(ours.loc[seeds], "greedy")
+    other, _ = _clusters(theirs.loc[seeds], "greedy")
+    text = _percent(crossed_interval(values - other, weights), sign="+")
+    return text if len(seeds) == max(len(ours), len(theirs)) else f"{text} (n = {len(seeds)})"
+
+
+def _clusters(rows: pd.DataFrame, column: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the solved share of every seed and cluster, the problems of each cluster)."""
+    values = np.array([list(shares) for shares in rows[f"{column}_clusters"]])
+    return torch.tensor(values), torch.tensor(list(rows[f"{column}_problems"].iloc[0])).double()
+
+
+def _percent(rate: tuple[float, float, float], sign: str = "") -> str:
+    mean, low, high = (100 * value for value in rate)
+    return interval(mean, low, high, sign)
+
+
+def _over_seeds(values: list[float]) -> str:
+    """A mean with its Student interval over seeds, of a single one alone."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    mean, low, high = mean_interval(values)
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
