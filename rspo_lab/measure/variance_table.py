@@ -5,7 +5,7 @@ Shapes: frames of `score_noise.score_rows` and `gradient_noise.gradient_rows`.  
 
 import pandas as pd
 
-INFINITE = {"t_iid", "t_redraw"}  # the 1/t forms: designs whose variance does not exist
+INFINITE = {"t_iid", "t_redraw", "mirror"}  # the 1/t forms: designs whose variance does not exist
 KEYS = ("task", "policy", "quantity", "views")  # what designs are compared at, where there
 
 
@@ -26,7 +26,7 @@ def efficiency(results: pd.DataFrame, baseline: str = "count") -> pd.DataFrame:
     variance is infinite, so a ratio grows with the redraws.
     """
     masks = results["quantity"].str.startswith("var_") & (results["quantity"] != "var_rollouts")
-    finite = ~results["design"].isin(INFINITE - {baseline})
+    finite = ~results["design"].str.split("(").str[0].isin(INFINITE - {baseline})
     part = results[masks & finite]
     part = part[part["value"] > 0]  # a design without noise has no ratio
     part = part.assign(work=part["value"] * part["cost"], relative=part["stderr"] / part["value"])
