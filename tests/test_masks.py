@@ -9,6 +9,7 @@ import itertools
 import math
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,6 @@ from rspo_lab.masks.published import (
     gauss,
     left_to_right,
     one_step,
-    spg_block,
     systematic,
     t_redraw,
 )
@@ -37,6 +37,8 @@ U = 4
 SUBSETS = [s for n in range(1, U + 1) for s in itertools.combinations(range(U), n)]
 ORDERS = torch.tensor(list(itertools.permutations(range(U)))).double() / U
 UNBIASED = ("count", "systematic", "coupled", "nested", "bsc", "bsc(0, 0)", "bsc(1, 1)", "cycle")
+PARAMETERS = {"p_pots": (0.3, 1.0), "p_pots(1, 1)": (1.0, 1.0), "p_pots(0.1, 3)": (0.1, 3.0)}
+BY_COINS = ("t_iid", "mirror", "mirror(False)", *PARAMETERS)
 ONCE = ("one_step", "left_to_right")
 
 
@@ -111,6 +113,7 @@ def bsc_levels(alpha: float, views: int) -> list[tuple[tuple, float]]:
         ("cyck(4)", 4, grid(4, 6, 2)),
         ("cyck(6)", 6, grid(4, 6, 2)),
         ("spg_block(4)", 1, grid(1, U)),
+        ("dare_cyclic(4)", 3, grid(3 * U)),
         *(
             (f"bsc({a}, {c})", k, bsc_levels(a, k))
             for a, c in ((0, 0), (0.5, 0.5), (1, 1), (2, 0.5))
@@ -153,6 +156,213 @@ def test_cyck_is_biased_by_exactly_the_merged_cycles(monkeypatch):
     total = support("cyck(3)", 3, grid(4, 6, 2), monkeypatch)
     by_size = [sum(total[s, s] for s in SUBSETS if len(s) == n) for n in range(1, U + 1)]
     assert by_size == pytest.approx([1 - 2 / 24, 1 / 2 + 1 / 24, 1 / 3, 1 / 4], abs=1e-12)
+
+
+def coin_support(name, levels, monkeypatch):
+    """{hidden: expected weight} of a pair of views over the given (level, probability) and all
+    tokens' coins, for a design that hides by comparing a coin with its level or 1 less that.
+
+    The design is asked for a level, and then for coins; if for two sets of coins, both are the same
+    here, which changes no view's own law.
+    """
+    cells = []
+    for level, probability in levels:
+        t = shown_level(name, level)
+        edges = sorted({0.0, t, 1 - t, 1.0})
+        parts = [((a + b) / 2, b - a) for a, b in itertools.pairwise(edges)]
+        for coins in itertools.product(parts, repeat=U):
+            share = probability * math.prod(width for _, width in coins)
+            cells.append((level, [middle for middle, _ in coins], share))
+    level = torch.tensor([c[0] for c in cells], dtype=torch.float64)
+    coin = torch.tensor([c[1] for c in cells], dtype=torch.float64)
+    share = torch.tensor([c[2] for c in cells], dtype=torch.float64)
+    patch_uniform(monkeypatch, fixed(level, coin))
+    valid = torch.ones(len(cells), U, dtype=torch.bool)
+    masks = design(name)(valid, 2, generator=torch.Generator())
+    total = defaultdict(float)
+    code = (masks.hidden * 2 ** torch.arange(U)).sum(-1)
+    for s in SUBSETS:
+        same = code == sum(2**i for i in s)
+        total[s] = (same * masks.weight * share).sum().item() / masks.replicates
+    return total
+
+
+def fixed(level, other):
+    """A `uniform` that gives `level` where levels are asked for, one per row, and else `other`."""
+    level = torch.as_tensor(level, dtype=torch.float64)
+    return lambda shape, generator: (level if len(shape) == 2 else other).expand(shape)
+
+
+def shown_level(name: str, start: float) -> float:
+    """The level that a design makes of a uniform number, by the inverse of its two branches."""
+    if not name.startswith("p_pots"):
+        return start
+    low, power = PARAMETERS[name]
+    if start < low:
+        return (start / low) ** 2
+    return ((start - low) / (1 - low)) ** (1 / (1 + power))
+
+
+@pytest.mark.parametrize("name", BY_COINS)
+def test_unbiased_over_levels_and_all_coins(name, monkeypatch):
+    """Levels at Gauss-Legendre nodes: 4 are exact for the polynomials of the 1/t forms; p_pots has
+    60 of the square root of the level, in which it is smooth, for each of its two branches.
+    """
+    node, rule = np.polynomial.legendre.leggauss(60 if name.startswith("p_pots") else 4)
+    node, rule = (node + 1) / 2, rule / 2
+    levels = list(zip(node.tolist(), rule.tolist()))
+    if name.startswith("p_pots"):
+        low, power = PARAMETERS[name]
+        degree = 2 * (1 + power)
+        rising = (1 - low) * degree * node ** (degree - 1) * rule
+        levels = list(zip(low * node, low * rule))
+        levels += zip(low + (1 - low) * node**degree, rising) if low < 1 else []
+    total = coin_support(name, levels, monkeypatch)
+    for s in SUBSETS:
+        assert total[s] == pytest.approx(1 / (len(s) * math.comb(U, len(s))), abs=1e-11)
+
+
+def test_mirror_overlaps_no_more_than_its_rate_asks_for():
+    """At t below 1/2 the two views share no token, above it no token is visible in both; drawn
+    independently they do both.
+    """
+    valid = torch.ones(5_000, 6, dtype=torch.bool)
+    both = {}
+    for name in ("mirror", "mirror(False)"):
+        masks = design(name)(valid, 2, generator=torch.Generator().manual_seed(0))
+        first, second = masks.hidden
+        both[name] = ((first & second).any(-1) & (~first & ~second).any(-1)).double().mean().item()
+        assert masks.replicate.tolist() == [0, 0]
+    assert both["mirror"] == 0 and both["mirror(False)"] > 0.3
+
+
+def test_weights_of_p_pots_grow_as_the_root_of_one_over_the_level(monkeypatch):
+    """At t = 1e-8 the weight is 2 / (low sqrt t), where t_iid has 1 / t.  A single token is hidden
+    with a chance of order t, so the mean square of the weight is finite: 1/t x t x t^-1/2 dt.
+    """
+    coin = torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    for low in (0.3, 1.0):
+        patch_uniform(monkeypatch, fixed(low * 1e-4, coin))
+        masks = DESIGNS["p_pots"](
+            torch.ones(1, U, dtype=torch.bool), 1, low=low, generator=torch.Generator()
+        )
+        assert masks.weight.item() == pytest.approx(2e4 / low, rel=1e-6)
+
+
+@pytest.mark.parametrize("spread, block", [(0.0, 2), (0.2, 2), (0.9, 1), (0.2, 4)])
+def test_slim_has_the_bias_that_its_rates_and_sizes_make(spread, block, monkeypatch):
+    """Against the law written out: rates fall by a cosine from block to block around each node, an
+    empty view hides one of all tokens, and a set of l tokens is weighed by w u / l.
+    """
+    views = 3
+    node, rule = np.polynomial.legendre.leggauss(views)
+    blocks = -(-U // block)
+    law = defaultdict(float)
+    for x, w in zip((node + 1) / 2, rule / 2):
+        width = min(spread, 2 * x, 2 - 2 * x)
+        rate = [
+            x + width * (math.cos(math.pi * (i // block) / (blocks - 1)) / 2 if blocks > 1 else 0)
+            for i in range(U)
+        ]
+        assert sum(rate) / U == pytest.approx(x) and rate == sorted(rate, reverse=True)
+        for s in [(), *SUBSETS]:
+            chance = math.prod(r if i in s else 1 - r for i, r in enumerate(rate))
+            for hidden in [s] if s else [(i,) for i in range(U)]:
+                law[hidden] += w * U / len(hidden) * chance / (1 if s else U)
+    masks = slim_masks(spread, block, views)
+    code = (masks.hidden * 2 ** torch.arange(U)).sum(-1)
+    for s in SUBSETS:
+        weight = ((code == sum(2**i for i in s)) * masks.weight).sum(0)
+        error = weight.std().item() / weight.numel() ** 0.5
+        assert abs(weight.mean().item() - law[s]) < 5 * error + 1e-12
+    assert law[0,] != pytest.approx(1 / U, abs=0.01)  # biased
+
+
+def slim_masks(spread: float, block: int, views: int):
+    valid = torch.ones(40_000, U, dtype=torch.bool)
+    draw = torch.Generator().manual_seed(0)
+    return DESIGNS["slim"](valid, views, block=block, spread=spread, generator=draw)
+
+
+def test_diffucoder_has_its_stated_law(monkeypatch):
+    """Half the weight on everything hidden, and half on pairs at t ~ U(0.2, 0.8), by size; the
+    levels at nodes that are exact for polynomials.
+    """
+    node, rule = (x.tolist() for x in np.polynomial.legendre.leggauss(4))
+    total = defaultdict(float)
+    for x, w in zip(node, rule):
+        start = (x + 1) / 2
+        t = 0.2 + 0.6 * start
+        for hidden in itertools.product([True, False], repeat=U):
+            coin = torch.tensor([t / 2 if h else (1 + t) / 2 for h in hidden], dtype=torch.float64)
+            patch_uniform(monkeypatch, fixed(start, coin))
+            masks = DESIGNS["diffucoder"](
+                torch.ones(1, U, dtype=torch.bool), 1, generator=torch.Generator()
+            )
+            chance = w / 2 * math.prod(t if h else 1 - t for h in hidden)
+            for view, weight in zip(masks.hidden[:, 0], masks.weight[:, 0]):
+                total[tuple(view.nonzero()[:, 0].tolist())] += weight.item() * chance
+
+    def moment(a, b):
+        return sum(
+            w / 2 * (0.2 + 0.3 * (x + 1)) ** a * (0.8 - 0.3 * (x + 1)) ** b
+            for x, w in zip(node, rule)
+        )
+
+    for s in SUBSETS:
+        n = len(s)
+        law = (moment(n - 1, U - n) + moment(U - n, n - 1)) / 2 + (n == U) / 2
+        assert total[s] == pytest.approx(law, abs=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_dare_cyclic_is_unbiased_for_the_block_by_block_elbo(block, monkeypatch):
+    """As spg_block, but every block in every round: no draw is left to chance among blocks."""
+    blocks = [range(i, min(i + block, U)) for i in range(0, U, block)]
+    total = support(f"dare_cyclic({block})", 2, grid(2 * len(blocks) * 6), monkeypatch)
+    for tokens in blocks:
+        later = tuple(range(tokens.stop, U))
+        for n in range(1, len(tokens) + 1):
+            for s in itertools.combinations(tokens, n):
+                law = 1 / (n * math.comb(len(tokens), n))
+                assert total.pop((s + later, s)) == pytest.approx(law, abs=1e-12)
+    assert not any(total.values())
+
+
+def test_dare_cyclic_spreads_levels_over_all_blocks_and_rounds():
+    """Of one block its counts are those of `systematic` at the same start; of blocks of 2, four
+    levels of two rounds differ by a quarter, so each count comes up twice.
+    """
+    valid = torch.ones(50, 8, dtype=torch.bool)
+    whole = DESIGNS["dare_cyclic"](valid, 4, generator=torch.Generator().manual_seed(0))
+    same = systematic(valid, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(whole.hidden, same.hidden) and torch.equal(whole.weight, same.weight)
+    parts = DESIGNS["dare_cyclic"](
+        valid[:, :4], 2, block=2, generator=torch.Generator().manual_seed(0)
+    )
+    sizes = parts.counted.sum(-1).sort(0).values
+    assert sizes.T.tolist() == [[1, 1, 2, 2]] * 50 and parts.replicates == 1
+
+
+def test_coupled_strata_have_the_law_of_coupled_in_every_row(monkeypatch):
+    """Over all starts and orders each row meets the identity; over the rows of one draw, counts
+    are spread evenly.
+    """
+    rows = U + 1
+    total = [defaultdict(float) for _ in range(rows)]
+    starts = [(i + 0.5) / rows**2 for i in range(rows**2)]
+    for start, order in itertools.product(starts, ORDERS):
+        patch_uniform(monkeypatch, fixed(start, order))
+        masks = DESIGNS["coupled_strata"](
+            torch.ones(rows, U, dtype=torch.bool), 2, generator=torch.Generator()
+        )
+        assert sorted(masks.hidden[0].sum(-1).tolist()) == list(range(rows))
+        for view, row in itertools.product(range(2), range(rows)):
+            s = tuple(masks.hidden[view, row].nonzero()[:, 0].tolist())
+            total[row][s] += masks.weight[view, row].item() / len(starts) / len(ORDERS)
+    for found in total:
+        for s in SUBSETS:
+            assert found[s] == pytest.approx(1 / (len(s) * math.comb(U, len(s))), abs=1e-12)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3])
@@ -241,7 +451,10 @@ def test_t_iid_weighs_every_level_by_its_inverse(monkeypatch):
     ).tolist() == [1, 1, 2]
 
 
-@pytest.mark.parametrize("name", [*UNBIASED, "cyck", "spg_block"])
+@pytest.mark.parametrize(
+    "name",
+    [*UNBIASED, "cyck", "spg_block", "coupled_strata", "mirror", "p_pots", "dare_cyclic"],
+)
 def test_drawn_weights_meet_the_identity_on_rows_of_any_length(name):
     """Row by row, by size: the mean total weight of sets of l tokens is 1/l, for rows of 1, 3 and 6
     tokens (5 errors).
@@ -492,8 +705,18 @@ def test_bad_input_is_refused():
         count(torch.tensor([[True], [False]]), 1, generator=torch.Generator())
     with pytest.raises(ValueError, match="multiple of k"):
         cyck(valid, 6, generator=torch.Generator())
-    with pytest.raises(ValueError, match="at least 1 token"):
-        spg_block(valid, 1, block=0, generator=torch.Generator())
+    for name in ("spg_block", "dare_cyclic"):
+        with pytest.raises(ValueError, match="at least 1 token"):
+            DESIGNS[name](valid, 1, block=0, generator=torch.Generator())
+    for name in ("mirror", "coupled_strata"):
+        with pytest.raises(ValueError, match="even"):
+            DESIGNS[name](valid, 3, generator=torch.Generator())
+    for low, power in ((0.0, 1.0), (1.5, 1.0), (0.3, -1.0)):
+        with pytest.raises(ValueError, match="p_pots takes"):
+            DESIGNS["p_pots"](valid, 2, low=low, power=power, generator=torch.Generator())
+    for block, spread in ((0, 0.2), (4, -0.1), (4, 1.5)):
+        with pytest.raises(ValueError, match="slim takes"):
+            DESIGNS["slim"](valid, 2, block=block, spread=spread, generator=torch.Generator())
     for exponent in (float("nan"), float("inf"), 80.0):
         with pytest.raises(ValueError, match="exponents"):
             DESIGNS["bsc"](valid, 2, alpha=exponent, generator=torch.Generator())

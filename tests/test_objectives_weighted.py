@@ -7,15 +7,19 @@ import torch
 from evidence import slope, slope_of_draws, sums, toy
 
 from rspo_lab.advantages import ADVANTAGES
-from rspo_lab.objectives import METHODS, rspo
+from rspo_lab.estimators import token_logps
+from rspo_lab.masks.designs import design
+from rspo_lab.objectives import METHODS, Evidence, rspo
 from rspo_lab.objectives.weighted import (
     damped_negatives,
+    justgrpo,
     positives_only,
     reinforce,
     reinforce_kl,
     rft,
     wd1,
 )
+from rspo_lab.oracle import subset_tables
 
 CLOSE = {"atol": 1e-10, "rtol": 0}
 
@@ -100,3 +104,35 @@ def test_rows_of_one_loss_differ_by_their_design():
     for name in ("rspo", "reinforce"):
         elbo, path = METHODS["reinforce_elbo" if name == "reinforce" else name], f"{name}_path"
         assert METHODS[path].loss is elbo.loss and METHODS[path].design == "path"
+
+
+def test_justgrpo_by_hand():
+    """Over the 3 tokens of the canvas and the 3 of 4 completions that have an advantage."""
+    e = replace(toy(), advantage=torch.tensor([1.2, 0.0, 0.4, -1.1], dtype=torch.float64))
+    wanted = by_weights(e, 1.2 / 9, 0.0, 0.4 / 9, -1.1 / 9)
+    assert torch.allclose(slope(justgrpo(e), e), wanted, **CLOSE)
+
+
+def test_justgrpo_raises_log_p_from_left_to_right(small):
+    """One completion with A = 1: the loss is -(log p of the chain rule)/L, written with the table
+    of all hidden sets.
+    """
+    row = METHODS["justgrpo"]
+    batch = small.batch.rows([0])
+    masks = design(row.design)(batch.valid, row.views, generator=torch.Generator())
+    e = Evidence(
+        policy=token_logps(small.policy, batch, masks),
+        reference=None,
+        old=None,
+        masks=masks,
+        advantage=torch.ones(1, dtype=torch.float64),
+        reward=torch.ones(1),
+        group=torch.zeros(1, dtype=torch.long),
+        valid=batch.valid,
+    )
+    table = subset_tables(small.policy, batch)[0]
+    chain = sum(table[0b1111 & ~(2**token - 1), token] for token in range(4))
+    loss = row.loss(e).value
+    assert loss.item() == pytest.approx(-chain.item() / 4, abs=1e-12)
+    found, wanted = (torch.autograd.grad(x, small.policy.logits)[0] for x in (loss, -chain / 4))
+    assert torch.allclose(found, wanted, atol=1e-12) and wanted.abs().max() > 1e-3

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pandas as pd
 
-INFINITE = {"t_iid", "t_redraw"}  # the 1/t forms: designs whose variance does not exist
+INFINITE = {"t_iid", "t_redraw", "mirror"}  # the 1/t forms: designs whose variance does not exist
 KEYS = ("task", "policy", "quantity", "views")  # what designs are compared at, where there
 
 
@@ -32,7 +32,7 @@ def efficiency(results: pd.DataFrame, baseline: str = "count") -> pd.DataFrame:
     """
     results = results.reindex(columns=[*results, *({"low", "high"} - set(results))])
     masks = results["quantity"].str.startswith("var_") & (results["quantity"] != "var_rollouts")
-    finite = ~results["design"].isin(INFINITE - {baseline})
+    finite = ~results["design"].str.split("(").str[0].isin(INFINITE - {baseline})
     part = results[masks & finite]
     part = part[part["value"] > 0]  # a design without noise has no ratio
     part = part.assign(

@@ -14,6 +14,7 @@ from torch import Tensor
 from rspo_lab.masks.base import Masks
 
 Scope = Literal["batch", "group", "none"]
+OLD = "a method of the ratio has old=True, and one with a penalty a reference, in its row"
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def log_ratio(e: Evidence, unit: Literal["sequence", "token"] = "sequence") -> F
 
 def moved(e: Evidence) -> Float[Tensor, "R B"]:
     """Draws of ELBO_theta - ELBO_old on shared views, summed nats; 0 before the first update."""
-    assert e.old is not None, "a method of the ratio says old=True in its row"
+    assert e.old is not None, OLD
     return e.masks.elbo(e.policy) - e.masks.elbo(e.old)
 
 

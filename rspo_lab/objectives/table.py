@@ -4,10 +4,13 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from inspect import Parameter, signature
 
+from rspo_lab.objectives.bounds import spg, stabledrl
 from rspo_lab.objectives.contract import Loss
-from rspo_lab.objectives.ratio import diffu_grpo, espo
+from rspo_lab.objectives.ratio import coupled_grpo, diffu_grpo, espo, gdpo, slim_rl, tracerl
+from rspo_lab.objectives.targets import gdsd, trafl, vrpo
 from rspo_lab.objectives.weighted import (
     damped_negatives,
+    justgrpo,
     positives_only,
     reinforce,
     reinforce_kl,
@@ -47,6 +50,8 @@ class Method:
         return {name: p for name, p in self.hyperparameters.items() if name not in shared}
 
 
+ONE_STEP = {"advantage": "mean_centred", "design": "one_step", "views": 1, "inner_steps": 8}
+
 METHODS: dict[str, Method] = {
     "rspo": Method(rspo),
     "rspo_path": Method(rspo, design="path", views=1),
@@ -56,18 +61,42 @@ METHODS: dict[str, Method] = {
     "damped_negatives": Method(damped_negatives),
     "rft": Method(rft),
     "reinforce_kl": Method(reinforce_kl),
-    "diffu_grpo": Method(
-        diffu_grpo, advantage="mean_centred", design="one_step", views=1, inner_steps=8, old=True
-    ),
-    "wd1": Method(
-        wd1,
-        advantage="mean_centred",
-        design="one_step",
+    "diffu_grpo": Method(diffu_grpo, **ONE_STEP, old=True),
+    "sapo": Method(diffu_grpo, **ONE_STEP, old=True, branches=1),
+    "wd1": Method(wd1, **ONE_STEP, reference=False),
+    "coupled_grpo": Method(
+        coupled_grpo,
+        advantage="leave_one_out",
+        design="diffucoder",
         views=1,
-        inner_steps=8,
-        reference=False,
+        inner_steps=2,
+        old=True,
     ),
     "espo": Method(
-        espo, advantage="leave_one_out", design="coupled", views=4, inner_steps=8, old=True
+        espo, advantage="leave_one_out", design="coupled_strata", views=4, inner_steps=8, old=True
     ),
+    "gdpo": Method(
+        gdpo, advantage="mean_centred", design="gauss", views=3, inner_steps=8, old=True
+    ),
+    "spg": Method(
+        spg, advantage="mean_centred", design="spg_block", inner_steps=4, reference=False
+    ),
+    "stabledrl": Method(
+        stabledrl,
+        advantage="mean_centred",
+        design="spg_block",
+        inner_steps=2,
+        old=True,
+        reference=False,
+    ),
+    "vrpo": Method(vrpo, advantage="mean_centred", views=8),
+    "trafl": Method(trafl, advantage="mean_centred", design="coupled", views=4),
+    "gdsd": Method(
+        gdsd, advantage="leave_one_out", design="coupled_strata", views=4, inner_steps=8, old=True
+    ),
+    "tracerl": Method(tracerl, design="path", views=1, old=True, reference=False),
+    "slim_rl": Method(
+        slim_rl, advantage="mean_centred", design="slim(4, 0.2)", views=3, old=True, reference=False
+    ),
+    "justgrpo": Method(justgrpo, design="left_to_right", views=1, reference=False),
 }

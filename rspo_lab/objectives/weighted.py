@@ -110,7 +110,7 @@ def wd1(
 ) -> Loss:
     """sum over a group of (w- - w+) score, w+- = softmax(+-psi A) in the group; mean over groups.
 
-    (wd1, arXiv:2507.08838, Eq. 9, psi = 1 in its code.)  A = R - group mean, scores of one step,
+    (wd1, arXiv:2507.08838, psi = 1 in its code.)  A = R - group mean, scores of one step,
     summed over tokens.  Its code takes the softmax over one device's batch, which is one group.  No
     prompt token is masked here; there 15 % are.  The published sampler draws from a mixture with
     the reference; ours from the policy.
@@ -123,6 +123,18 @@ def wd1(
 
     weight = softmax(logits) - softmax(-logits)
     return _weighted(e, weight * len(weight) / len(e.group.unique()), score_unit)
+
+
+def justgrpo(e: Evidence) -> Loss:
+    """-(sum of A log p) / (L informative), log p from left to right, L tokens of the canvas.
+
+    (JustGRPO, arXiv:2601.15165, and its code, whose ratio is to the policy itself, so 1, and its
+    clip never binds.)  informative: how many completions have A != 0.  Their rollouts are written
+    from left to right too: `-p block 1`.  There all L tokens are scored, here the valid ones.
+    """
+    informative = (e.advantage != 0).sum().clamp(min=1)
+    weight = e.advantage * len(e.advantage) / informative / e.valid.shape[1]
+    return _weighted(e, weight, "sequence")
 
 
 def _weighted(e: Evidence, weight: Float[Tensor, " B"], unit: Unit) -> Loss:
