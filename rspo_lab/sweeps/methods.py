@@ -35,13 +35,14 @@ UNSEEN = {
 def collect(folders: Sequence[Path]) -> pd.DataFrame:
     """All training runs below the folders that ended, and their bases: one row per saved policy.
 
-    task, model (the base), method, variant (where it differs from its method's tuning runs), lr,
-    seed, tuning, diverged; the columns of `outcome` (missing for tuning runs, one row each, and for
-    a run that diverged); tuned_on: mean of a run's last two held-out evaluations, what a rate is
-    chosen by; completions: how many it took to solve GAIN more than the base, NaN if it never did,
-    by straight lines between evaluations; scored, decoded: forwards per completion of scoring (all
-    models, a backward counts as two) and of the rollout; seconds: of all steps; torch,
-    transformers, device, commit: where it was run.  Runs that did not end are left out.
+    task, model (the base), method, design (of its masks), variant (where it differs from its
+    method's tuning runs), lr, seed, tuning, diverged; the columns of `outcome`, missing for tuning
+    runs and for those that diverged, which have one row each; tuned_on: mean of a run's last two
+    held-out evaluations, what a rate is chosen by; completions: how many it took to solve GAIN more
+    than the base, by straight lines between evaluations, NaN if it never did; scored, decoded:
+    forwards per completion of scoring (all models, a backward counts as two) and of the rollout;
+    seconds: of all steps; torch, transformers, device, commit: where it was run.  Runs that did not
+    end are left out.  ValueError if there is none.
     """
     frames = []
     bases: dict[tuple[str, str], pd.DataFrame] = {}
@@ -96,6 +97,7 @@ def _run_row(path: Path, config: TrainConfig, usual: dict[str, Any]) -> dict[str
         "task": config.task,
         "model": Path(config.model).name,
         "method": config.objective,
+        "design": config.design,
         "variant": ", ".join(f"{k} = {own[k]}" for k in other),
         "lr": config.lr,
         "seed": config.seed,
@@ -246,3 +248,46 @@ def _over_seeds(values: list[float]) -> str:
         return f"{values[0]:.2f}"
     mean, low, high = mean_interval(values)
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def rates_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """What `figures.objectives_figure` draws above: a row per (task, label)."""
+    rows = []
+    for (task, label), group in _labelled(frame, final=True):
+        alive = group[group["greedy"].notna()]
+        if len(alive):
+            mean, low, high = crossed_interval(*_clusters(alive, "greedy"))
+            rate = {"greedy": mean, "low": low, "high": high, "sampled": alive["sampled"].mean()}
+            design = group["design"].iloc[0]
+            rows.append({"task": task, "label": label, "design": design, "n": len(alive)} | rate)
+    return pd.DataFrame(rows)
+
+
+def frontier_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """What `figures.objectives_figure` draws below: a row per (task, label, step), step 0 too."""
+    rows = []
+    base = {
+        task: part["sampled"].iloc[0]
+        for (task, label), part in _labelled(frame, final=True)
+        if label == BASE
+    }
+    for (task, label), group in _labelled(frame, final=False):
+        if label == BASE:
+            continue
+        design = group["design"].iloc[0]
+        place = {"task": task, "label": label, "design": design}
+        rows.append(place | {"step": 0, "kl": 0.0, "sampled": base[task]})
+        for step, part in group[group["sampled"].notna()].groupby("step"):
+            mean = {"kl": part["kl_sampler"].mean(), "sampled": part["sampled"].mean()}
+            rows.append(place | {"step": step, "n": len(part)} | mean)
+    return pd.DataFrame(rows)
+
+
+def _labelled(frame: pd.DataFrame, *, final: bool) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """((task, method and variant), its reported rows), of the last policies or of all."""
+    rows = reported(frame)
+    if final:
+        rows = rows[rows["final"].astype(bool) | (rows["method"] == BASE)]
+    variant = rows["variant"].where(rows["variant"] == "", ", " + rows["variant"])
+    rows = rows.assign(label=rows["method"] + variant)
+    return list(rows.groupby(["task", "label"], sort=False))  # pyright: ignore[reportReturnType]

@@ -1,0 +1,151 @@
+"""Figures of notebook 05: methods against each other, and what they make of one batch.
+
+Frames in, a Figure out; no files.  Rates are drawn in %, divergences in nats.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rspo_lab.figures.style import INK, OKABE_ITO, PAGE, new_figure
+
+FAMILIES = {  # of a method, by the design of its masks: colour and marker
+    "ELBO": (OKABE_ITO["blue"], "o"),
+    "all hidden": (OKABE_ITO["green"], "s"),
+    "left to right": (OKABE_ITO["orange"], "D"),
+    "rollout's path": (OKABE_ITO["vermillion"], "^"),
+}
+ALL_HIDDEN = ("one_step", "diffucoder")  # d1's mask of everything, and coupled_grpo's
+WEIGHT_COLUMNS = 6
+
+
+def family(design: str) -> str:
+    """Which of FAMILIES a method's design belongs to."""
+    if design.startswith("path"):
+        return "rollout's path"
+    if design == "left_to_right":
+        return "left to right"
+    return "all hidden" if design in ALL_HIDDEN else "ELBO"
+
+
+def objectives_figure(rates: pd.DataFrame, frontier: pd.DataFrame) -> Figure:
+    """Above: final solve rate by method with its interval, one panel per task.  Below: frontiers.
+
+    rates: a row per (task, label): method, design, greedy, low, high (95 %) and sampled; the base's
+    has the label "base".  frontier: a row per (task, label, step): design, kl and sampled, the mean
+    over seeds; step 0 is the base.
+    """
+    tasks = list(rates["task"].unique())
+    order = rates.groupby("label")["greedy"].mean().sort_values().index
+    order = [label for label in order if label != "base"]
+    height = 0.17 * len(order) + 0.7
+    with new_figure(PAGE, height + 2.3) as figure:
+        grid = figure.add_gridspec(2, len(tasks), height_ratios=(height, 2.0))
+        for column, task in enumerate(tasks):
+            above = figure.add_subplot(grid[0, column])
+            _draw_rates(above, rates[rates["task"] == task], order)
+            above.set(title=task.capitalize(), xlabel="held-out solve rate, %")
+            if column:
+                above.tick_params(axis="y", labelleft=False)
+            below = figure.add_subplot(grid[1, column])
+            _draw_frontier(below, frontier[frontier["task"] == task])
+            below.set_xlabel("KL(policy, base) of the sampler, nats")
+            if not column:
+                below.set_ylabel("solve rate of samples, %")
+        _legend(figure, sorted(set(map(family, rates["design"].dropna()))))
+    return figure
+
+
+def _draw_rates(axis: Axes, rates: pd.DataFrame, order: list[str]) -> None:
+    """One line per label: greedy with its interval, and hollow the rate of samples."""
+    place = {label: i for i, label in enumerate(order)}
+    for row in rates.itertuples():
+        if row.label == "base":
+            axis.axvspan(100 * row.low, 100 * row.high, color="#eeeeee", zorder=0)
+            axis.axvline(100 * row.greedy, color=INK, linewidth=0.8, linestyle=":")
+            continue
+        color, marker = FAMILIES[family(str(row.design))]
+        y = place[row.label]
+        axis.plot([100 * row.low, 100 * row.high], [y, y], color=color, linewidth=0.9)
+        axis.plot(100 * row.greedy, y, marker, color=color)
+        axis.plot(100 * row.sampled, y, marker, color=color, markerfacecolor="white", markersize=3)
+    axis.set(yticks=range(len(order)), yticklabels=order, ylim=(-0.7, len(order) - 0.3))
+
+
+def _draw_frontier(axis: Axes, frontier: pd.DataFrame) -> None:
+    """The rate of samples against the divergence, one line per label, its name at its end."""
+    for label, part in frontier.groupby("label", sort=False):
+        part = part.sort_values("step")
+        color, marker = FAMILIES[family(str(part["design"].iloc[-1]))]
+        axis.plot(part["kl"], 100 * part["sampled"], color=color, linewidth=0.7, alpha=0.8)
+        last = part.iloc[-1]
+        axis.plot(last["kl"], 100 * last["sampled"], marker, color=color)
+        axis.annotate(
+            str(label),
+            (last["kl"], 100 * last["sampled"]),
+            xytext=(3, 0),
+            textcoords="offset points",
+            fontsize=4.5,
+            va="center",
+            color=color,
+        )
+    axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
+    axis.margins(x=0.15)
+
+
+def _legend(figure: Figure, families: list[str]) -> None:
+    """The families that occur, and what filled and hollow mean."""
+    axis = figure.axes[0]
+    handles = []
+    for name in families:
+        color, marker = FAMILIES[name]
+        handles += axis.plot([], [], marker, color=color, label=f"score: {name}")
+    handles += axis.plot([], [], "o", color=INK, label="greedy, 95 %")
+    handles += axis.plot([], [], "o", color=INK, markerfacecolor="white", label="samples, T = 1")
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+
+
+def weights_figure(weights: pd.DataFrame) -> Figure:
+    """Weight against standardised advantage, one panel per method, over its largest absolute value.
+
+    weights: a row per (method, completion): advantage and weight.
+    """
+    methods = list(weights["method"].unique())
+    columns = min(WEIGHT_COLUMNS, len(methods))
+    rows = -(-len(methods) // columns)
+    with new_figure(PAGE, 0.85 * rows + 0.4) as figure:
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axis, method in zip(axes.flat, methods):
+            part = weights[weights["method"] == method]
+            scale = part["weight"].abs().max() or 1.0
+            style = {"markersize": 1.8, "alpha": 0.4, "markeredgewidth": 0}
+            axis.plot(
+                part["advantage"], part["weight"] / scale, "o", color=OKABE_ITO["blue"], **style
+            )
+            axis.axhline(0, color=INK, linewidth=0.5)
+            axis.set_title(method, fontsize=6)
+        for axis in axes.flat[len(methods) :]:
+            axis.set_visible(False)
+        figure.supxlabel("standardised advantage", fontsize=7)
+        figure.supylabel("weight / largest", fontsize=7)
+    return figure
+
+
+def cosine_figure(cosines: pd.DataFrame) -> Figure:
+    """The matrix of cosines; the diagonal is that of a method's two halves of redraws."""
+    n = len(cosines)
+    with new_figure(PAGE, PAGE * 0.88) as figure:
+        axis = figure.subplots()
+        image = axis.imshow(cosines.to_numpy(), cmap="RdBu", vmin=-1, vmax=1)
+        for i, j in np.ndindex(n, n):
+            value = cosines.iloc[i, j]
+            if np.isfinite(value):
+                color = "white" if abs(value) > 0.6 else "black"
+                text = f"{value:.1f}".replace("0.", ".")
+                axis.text(j, i, text, ha="center", va="center", fontsize=4.5, color=color)
+        axis.set_xticks(range(n), cosines.columns, rotation=90, fontsize=6)
+        axis.set_yticks(range(n), cosines.index, fontsize=6)
+        axis.grid(False)
+        figure.colorbar(image, ax=axis, shrink=0.6, label="cosine of gradients")
+    return figure
