@@ -22,8 +22,8 @@ SHORT = 6  # blanks of a puzzle
 def all_subsets(valid, views, *, generator) -> Masks:
     """Every non-empty set of tokens hidden once: the exact ELBO.
 
-    Weight 1 / (l C(u, l)) for l tokens.  One replicate without noise, of 2^u - 1 views: view s of a row hides the tokens whose bits s
-    has, in the order of the row's valid tokens.
+    Weight 1 / (l C(u, l)) for l tokens.  One replicate without noise, of 2^u - 1 views: view s of a
+    row hides the tokens whose bits s has, in the order of the row's valid tokens.
     """
     used = used_tokens(valid, views, most=1.0)
     most = int(used.max())
