@@ -3,7 +3,10 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from rspo_lab.config import TrainConfig
+from rspo_lab.objectives import METHODS
 from rspo_lab.runs.parameters import declared
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks/02_train.ipynb"
@@ -22,6 +25,14 @@ def test_notebook_02_and_the_configuration_have_the_same_fields_and_defaults():
     assert TrainConfig(**{name: p.default for name, p in parameters.items()}) == TrainConfig(
         model="base-sudoku", task="sudoku"
     )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_defaults_that_fit_each_other(name):
+    row = METHODS[name]
+    config = TrainConfig(model="base-sudoku", task="sudoku", objective=name)
+    assert (config.advantage, config.design) == (row.advantage, row.design)
+    assert (config.views, config.inner_steps) == (row.views, row.inner_steps)
 
 
 def test_what_the_method_decides_is_resolved_at_once():
