@@ -531,15 +531,13 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    import pandas as pd
-
     from rspo_lab.runs.files import replacing
-    from rspo_lab.sweeps.methods import collect, methods_table
+    from rspo_lab.sweeps.methods import collect, methods_table, read_comparison
 
     files = [source for source in args.sources if source.suffix == ".parquet"]
     if files and len(args.sources) > 1:
         raise UsageError("give folders of runs, or one file of a comparison")
-    frame = pd.read_parquet(files[0]) if files else collect(args.sources)
+    frame = read_comparison(files[0]) if files else collect(args.sources)
     if args.out:
         with replacing(args.out) as new:
             frame.to_parquet(new)

@@ -16,6 +16,7 @@ from torch import Tensor
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import Denoiser
 from rspo_lab.models.diffusion_lm import DiffusionLM
+from rspo_lab.objectives import METHODS
 from rspo_lab.policies import TrainedPolicy
 from rspo_lab.rollouts import Rollouts, fixed_rollouts
 from rspo_lab.update import accumulate_gradient, evidence, views_of_updates
@@ -113,7 +114,8 @@ def method_updates(
     on_method: Callable[[int, int], None] = lambda done, of: None,
     **how: Any,
 ) -> dict[str, MethodUpdate]:
-    """`method_update` of several methods, by name."""
+    """`method_update` of several methods, by name; of none named, of all there are."""
+    objectives = objectives or list(METHODS)
     updates = {}
     for done, objective in enumerate(objectives, 1):
         updates[objective] = method_update(trained, objective, **how)

@@ -15,6 +15,7 @@ import torch
 
 from rspo_lab.config import TrainConfig, read_config
 from rspo_lab.measure.outcome import base_outcome, outcome
+from rspo_lab.models.loading import DATA
 from rspo_lab.runs.files import read_json, read_jsonl
 from rspo_lab.runs.parameters import flat
 from rspo_lab.runs.run import load_runs
@@ -291,3 +292,8 @@ def _labelled(frame: pd.DataFrame, *, final: bool) -> list[tuple[tuple[str, str]
     variant = rows["variant"].where(rows["variant"] == "", ", " + rows["variant"])
     rows = rows.assign(label=rows["method"] + variant)
     return list(rows.groupby(["task", "label"], sort=False))  # pyright: ignore[reportReturnType]
+
+
+def read_comparison(file: str | Path) -> pd.DataFrame:
+    """What `collect` made, from a parquet file; "" is the study of all methods in data/."""
+    return pd.read_parquet(file or DATA / "objectives.parquet")
