@@ -124,7 +124,7 @@ def weights_figure(weights: pd.DataFrame) -> Figure:
                 part["advantage"], part["weight"] / scale, "o", color=OKABE_ITO["blue"], **style
             )
             axis.axhline(0, color=INK, linewidth=0.5)
-            axis.set_title(method, fontsize=6)
+            axis.set_title(method, fontsize=5.5)
         for axis in axes.flat[len(methods) :]:
             axis.set_visible(False)
         figure.supxlabel("standardised advantage", fontsize=7)
@@ -133,7 +133,7 @@ def weights_figure(weights: pd.DataFrame) -> Figure:
 
 
 def cosine_figure(cosines: pd.DataFrame) -> Figure:
-    """The matrix of cosines; the diagonal is that of a method's two halves of redraws."""
+    """The matrix of `method_updates.cosines`; empty where noise hides a gradient."""
     n = len(cosines)
     with new_figure(PAGE, PAGE * 0.88) as figure:
         axis = figure.subplots()
