@@ -47,6 +47,8 @@ def roll_out(
     """`config.group` sampled completions per problem, their verified rewards and their advantages.
 
     With zero_variance = "skip" the groups whose rewards agree are left out; the record counts them.
+    Losses and centres are then means over the rows that are left, so the gradient is larger by the
+    inverse of their share.
     """
     examples = [problem for problem in problems for _ in range(config.group)]
     batch, rollout, reward = _verified(config, policy, examples, generator)

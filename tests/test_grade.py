@@ -105,12 +105,24 @@ def test_json_and_text(write):
 
 
 def test_the_interval_is_wilsons_at_the_independent_trials(write):
-    """Four cells of one puzzle in which each sample has all or none right are worth less than 8."""
-    right = SUDOKU | {"completion": "<answer>1234341221434321</answer>", "id": "a"}
-    wrong = SUDOKU | {"completion": "", "id": "b"}
-    graded = grade(write(right, wrong, right | {"id": "c"}, wrong | {"id": "d"}), "sudoku", "d1")
+    """Cells of one puzzle, and puzzles of one solution grid, are one cluster each."""
+    solution = "1234341221434321"
+    rows = []
+    for i, labels in enumerate(("1234", "2341", "3412", "4123")):
+        other = str.maketrans("1234", labels)
+        answer = f"<answer>{solution.translate(other)}</answer>" if i % 2 else ""
+        row = {
+            "question": SUDOKU["question"].translate(other),
+            "ground_truth": solution.translate(other),
+            "completion": answer,
+        }
+        rows.append(SUDOKU | row)
+    graded = grade(write(*rows), "sudoku", "d1")
     n = grading.independent([(12.0, 12.0), (0.0, 12.0)] * 2)
     assert n == pytest.approx(3) and (graded.low, graded.high) == wilson(0.5 * n, n)
+    twice = grade(write(*rows[:2], *rows[:2]), "sudoku", "strict")
+    n = grading.independent([(2.0, 2.0), (0.0, 2.0)])
+    assert n == pytest.approx(1) and (twice.low, twice.high) == wilson(0.5 * n, n)
     assert grade(write(COUNTDOWN), "countdown", "d1").low == wilson(1, 1)[0]
 
 

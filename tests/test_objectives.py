@@ -1,9 +1,11 @@
 """Gradient identities in float64, and each method in the limit where it becomes its neighbour."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import completions, table_denoiser
 from evidence import evidence_of_draws as seen
 from test_estimators import count_support
 
@@ -91,6 +93,46 @@ def test_sign_flips_counts_overshot_rows():
     advantage = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
     d = torch.tensor([[30.0, 1.0, -1.0, -30.0]], dtype=torch.float64)
     assert rspo(seen(d, advantage), lam=0.1).log["sign_flips"] == 0.5
+
+
+@pytest.mark.parametrize("which", [[0, 1, 2], [0, 0, 1]], ids=["apart", "merged"])
+@pytest.mark.parametrize(
+    "residual, lam", [("shared", 0.4), ("leave_one_out", 0.4), ("shared", 0.0)]
+)
+def test_the_expected_gradient_of_equal_completions(residual, lam, which):
+    """Completions a a b of two tokens, on masks apart or, as in training, on one draw for each
+    distinct one; exact, over all sets of masks of two replicates.
+
+    The target is the gradient on exact ELBOs.  With the shared residual lam / 2B sum_i
+    (1 - n_i / B) grad Var[d_i] / R comes on top, n_i the rows on the draws of row i: merging takes
+    part of it away.  "leave_one_out" and lam = 0 have the target either way.
+    """
+    policy, reference = table_denoiser(2, 2, 0), table_denoiser(2, 2, 1)
+    rows = torch.tensor([0, 0, 1])
+    advantage = torch.tensor([0.9, -0.2, -1.1], dtype=torch.float64)
+    masks, law = count_support(2)
+    d = [log_ratio_draws(policy, reference, completions([y]), masks) for y in ([0, 1], [1, 1])]
+    d = torch.cat(d, 1)  # (sets, 2)
+    pairs = list(itertools.product(range(len(law)), repeat=2))  # the views of one draw
+    draws = list(itertools.product(pairs, repeat=max(which) + 1))
+    slope = torch.zeros_like(d)
+    for drawn in draws:
+        chance = torch.stack([law[list(pair)].prod() for pair in drawn]).prod()
+        views = torch.tensor([drawn[i] for i in which]).T  # (R, B)
+        terms = relative_score(d[views, rows].detach(), advantage, lam=lam, residual=residual)
+        part = -chance * terms.weight / terms.weight.numel()
+        slope.index_put_((views, rows.expand_as(views)), part, accumulate=True)
+    (found,) = torch.autograd.grad((slope * d).sum(), policy.logits, retain_graph=True)
+
+    elbo = (law[:, None] * d).sum(0)
+    terms = relative_score(elbo[rows].detach()[None], advantage, lam=lam)
+    wanted = -(terms.weight[0] * elbo[rows]).mean()
+    if residual == "shared":
+        variance = ((law[:, None] * d.square()).sum(0) - elbo.square())[rows]
+        copies = torch.tensor([which.count(i) for i in which])
+        wanted = wanted + lam / 2 * ((1 - copies / 3) * variance / 2).mean()
+    (wanted,) = torch.autograd.grad(wanted, policy.logits)
+    assert torch.allclose(found, wanted, atol=1e-12) and wanted.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("residual, bias", [("leave_one_out", False), ("shared", True)])

@@ -11,9 +11,25 @@ from rspo_lab.decoding import complete
 from rspo_lab.estimators import token_logps
 from rspo_lab.models.loading import load
 from rspo_lab.objectives import METHODS, Method, reinforce
+from rspo_lab.random_streams import generator
 from rspo_lab.rollouts import fixed_rollouts, process_reward, roll_out
 from rspo_lab.tasks import sudoku
 from rspo_lab.views import draw_masks
+
+
+def test_a_stream_is_named_by_its_key_in_32_bits():
+    """The same key gives the same stream, another key another one; torch keeps 32 bits of a seed,
+    on which the docstring's probability rests.
+    """
+
+    def numbers(generator):
+        return torch.rand(4, generator=generator).tolist()
+
+    assert numbers(generator(0, 1, "masks")) == numbers(generator(0, 1, "masks"))
+    keys = [(0, 1, "masks"), (1, 1, "masks"), (0, 2, "masks"), (0, 1, "rollout"), (0, "1", "masks")]
+    assert len({tuple(numbers(generator(*key))) for key in keys}) == len(keys)
+    five, also = (torch.Generator().manual_seed(seed) for seed in (5, 5 + 2**32))
+    assert numbers(five) == numbers(also)
 
 
 @pytest.fixture(scope="module")

@@ -260,15 +260,13 @@ def test_stratified_bootstrap_against_all_redraws_and_its_coverage():
     assert mean == 2.75 and [low, high] == pytest.approx(
         np.quantile(every, [0.025, 0.975]).tolist(), abs=0.3
     )
-    for seeds, said in ((3, 0.71), (5, 0.83)):
+    for seeds, said in ((3, 0.75), (5, 0.84)):  # of 3: 1 - 2/8, that they are not all on one side
         draws = np.random.default_rng(seeds).normal(size=(1500, seeds)).tolist()
         inside = [
             low <= 0 <= high
-            for _, low, high in (
-                stratified_bootstrap([d], generator=generator, resamples=400) for d in draws
-            )
+            for _, low, high in (stratified_bootstrap([d], generator=generator) for d in draws)
         ]
-        assert np.mean(inside) == pytest.approx(said, abs=0.04)
+        assert np.mean(inside) == pytest.approx(said, abs=0.03)
 
 
 @pytest.mark.parametrize("scale", study.SCALES)

@@ -3,8 +3,8 @@
 A file is jsonl with `question`, `completion` and `ground_truth` (countdown [numbers, target];
 sudoku the 16-digit solution, its puzzle the 16 digits in `question`; gsm8k a number; math500
 LaTeX).  Completions are in d1's style, the answer between <answer> tags, unless the row says
-otherwise in `style`.  Rows of one `id` are samples for one problem.  Accuracies and bounds are
-shares in [0, 1].
+otherwise in `style`.  Rows of one problem, and Sudoku's puzzles of one solution grid, succeed
+together: they are one cluster of the interval.  Accuracies and bounds are shares in [0, 1].
 """
 
 import json
@@ -57,7 +57,7 @@ def grade(path: str | Path, task: str, protocol: str = "strict") -> Grade:
     and an empty file.
     """
     one_of(protocol, PROTOCOLS, "protocol")
-    verdicts, problems = _judge(path, task, protocol)
+    verdicts, clusters = _judge(path, task, protocol)
     if not verdicts:
         raise ValueError(f"{path} has no rows; write one JSON object per line")
     of_cells = _counts_cells(task, protocol)
@@ -65,7 +65,7 @@ def grade(path: str | Path, task: str, protocol: str = "strict") -> Grade:
     correct, total = (int(sum(column)) for column in zip(*counts, strict=True))
     if not total:
         raise ValueError(f"{path}: no puzzle has a blank cell; there is nothing to grade")
-    low, high = _interval(correct, total, problems, counts)
+    low, high = _interval(correct, total, clusters, counts)
     return Grade(
         task=task,
         protocol=protocol,
@@ -81,10 +81,10 @@ def grade(path: str | Path, task: str, protocol: str = "strict") -> Grade:
 
 
 def _judge(path: str | Path, task: str, protocol: str) -> tuple[list[Verdict], list[str]]:
-    """(the verdict of each row, the problem of each row)."""
+    """(the verdict of each row, the cluster of each row)."""
     judge = task_named(task)
     verdicts = []
-    problems = []
+    clusters = []
     for where, row in objects(path):
         completion = field(row, "completion", str, where)
         example = judge.from_record(row, where)
@@ -93,8 +93,8 @@ def _judge(path: str | Path, task: str, protocol: str) -> tuple[list[Verdict], l
             verdicts.append(judge.verdict(completion, example, protocol=protocol, style=style))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        problems.append(str(row.get("id", where)))
-    return verdicts, problems
+        clusters.append(str(judge.split_key(example)))
+    return verdicts, clusters
 
 
 def _counts_cells(task: str, protocol: str) -> bool:
@@ -110,15 +110,15 @@ def _count(verdict: Verdict, of_cells: bool) -> tuple[float, float]:
 
 
 def _interval(
-    correct: int, total: int, problems: list[str], counts: list[tuple[float, float]]
+    correct: int, total: int, cluster: list[str], counts: list[tuple[float, float]]
 ) -> tuple[float, float]:
     """95 % Wilson interval of the share, at the number of independent trials that the rows are."""
     from rspo_lab.statistics import wilson
 
     clusters: dict[str, tuple[float, float]] = {}
-    for problem, (right, trials) in zip(problems, counts, strict=True):
-        before = clusters.get(problem, (0.0, 0.0))
-        clusters[problem] = (before[0] + right, before[1] + trials)
+    for name, (right, trials) in zip(cluster, counts, strict=True):
+        before = clusters.get(name, (0.0, 0.0))
+        clusters[name] = (before[0] + right, before[1] + trials)
     n = independent(list(clusters.values()))
     return wilson(correct * n / total, n)
 

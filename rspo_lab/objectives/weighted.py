@@ -30,9 +30,10 @@ def rspo(
     advantage-weighted score: lam = 0 is `reinforce`.
 
     With residual "shared" the estimate is multiplied with itself, so the expected gradient carries
-    lam/2 grad Var[estimate], Var[d]/R for independent replicates, beside that of the true square.
-    "leave_one_out" weighs each replicate by the others' estimate; it is unbiased for independent
-    replicates and needs R >= 2.
+    lam/2 mean_i (1 - n_i/B) grad Var[estimate_i] beside that of the true square: Var[d]/R for
+    independent replicates, n_i of the B rows of one centre on the draws of row i (1, or more where
+    equal completions share them; without a centre the factor is 1).  "leave_one_out" weighs each
+    replicate by the others' estimate; it is unbiased for independent replicates and needs R >= 2.
     """
     d = log_ratio(e, score_unit) if use_reference else score(e, score_unit)
     terms = relative_score(d, e.advantage, lam=lam, scope=scope, group=e.group, residual=residual)
