@@ -531,18 +531,19 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    import pandas as pd
-
     from rspo_lab.runs.files import replacing
-    from rspo_lab.sweeps.methods import collect, methods_table
+    from rspo_lab.sweeps.methods import collect, methods_table, read_comparison, reported
 
     files = [source for source in args.sources if source.suffix == ".parquet"]
     if files and len(args.sources) > 1:
         raise UsageError("give folders of runs, or one file of a comparison")
-    frame = pd.read_parquet(files[0]) if files else collect(args.sources)
+    frame = read_comparison(files[0]) if files else collect(args.sources)
     if args.out:
         with replacing(args.out) as new:
             frame.to_parquet(new)
+    left_out = (~frame["tuning"].astype(bool)).sum() - len(reported(frame))
+    if left_out:
+        print(f"{left_out} saved policies of runs at other than the chosen rates are left out\n")
     for (task, base), rows in methods_table(frame).groupby(["task", "base"], sort=False):
         print(
             f"{task}, from {base}\n{rows.drop(columns=['task', 'base']).to_string(index=False)}\n"

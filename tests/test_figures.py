@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from rspo_lab.config import TrainConfig
+from rspo_lab.figures import objectives as objectives_figures
 from rspo_lab.figures.base_model import decoding_figure
 from rspo_lab.figures.comparison import cost_figure, learning_figure, variant_styles
 from rspo_lab.figures.style import design_styles
@@ -151,6 +152,45 @@ def test_no_two_designs_of_a_figure_look_alike():
 
 def test_a_design_that_a_user_has_added_has_a_look():
     assert design_styles(["count", "my_design(2)"])["my_design(2)"]["color"] == "black"
+
+
+def test_methods_are_drawn_with_their_whiskers_and_their_way_from_the_base():
+    """Points and whiskers in %, the frontier from the base on, one panel per task."""
+    rates = pd.DataFrame(
+        [
+            ("sudoku", "base", None, 0.5, 0.4, 0.5, 0.5),
+            ("sudoku", "rspo", "count", 0.6, 0.5, 0.55, 0.65),
+            ("sudoku", "reinforce_path", "path", 0.7, 0.6, 0.62, 0.78),
+        ],
+        columns=["task", "label", "design", "greedy", "sampled", "low", "high"],
+    )
+    rows = [("sudoku", "rspo", "count", step, 0.02 * step, 0.4 + 0.001 * step) for step in (0, 100)]
+    frontier = pd.DataFrame(rows, columns=["task", "label", "design", "step", "kl", "sampled"])
+    above, below = objectives_figures.objectives_figure(rates, frontier).axes
+    assert [text.get_text() for text in above.get_yticklabels()] == ["rspo", "reinforce_path"]
+    lines = [line.get_xydata().tolist() for line in above.lines]
+    whisker, greedy, sampled = lines[1:4]
+    assert whisker == [pytest.approx([55.0, 0]), pytest.approx([65.0, 0])]
+    assert greedy == [pytest.approx([60.0, 0])] and sampled == [pytest.approx([50.0, 0])]
+    assert lines[0][0][0] == 50.0  # the base
+    assert below.lines[0].get_xydata().tolist() == [[0.0, 40.0], pytest.approx([2.0, 50.0])]
+
+
+def test_families_are_told_by_the_design():
+    names = ["path_uniform", "left_to_right", "one_step", "diffucoder", "count", "spg_block"]
+    expected = ["rollout's path", "left to right", "all hidden", "all hidden", "ELBO", "ELBO"]
+    assert [objectives_figures.family(name) for name in names] == expected
+
+
+def test_weights_and_cosines_are_drawn_as_given():
+    table = {"method": ["a", "a", "b", "b"], "advantage": [-1.0, 1.0] * 2, "weight": [0, 4, -2, 1]}
+    a, b, *rest = objectives_figures.weights_figure(pd.DataFrame(table)).axes
+    assert a.lines[0].get_xydata().tolist() == [[-1, 0], [1, 1]]
+    assert b.lines[0].get_xydata().tolist() == [[-1, -1], [1, 0.5]] and not rest
+    names = ["a", "b"]
+    cosines = pd.DataFrame([[0.9, float("nan")], [-0.3, 0.5]], index=names, columns=names)
+    matrix = objectives_figures.cosine_figure(cosines).axes[0]
+    assert [text.get_text() for text in matrix.texts] == [".9", "-.3", ".5"]
 
 
 def test_a_token_may_be_a_dollar():

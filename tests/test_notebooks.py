@@ -16,6 +16,7 @@ import pytest
 
 from rspo_lab.config import TrainConfig
 from rspo_lab.measure.gap import through_training
+from rspo_lab.measure.outcome import base_outcome
 from rspo_lab.policies import trained_run
 from rspo_lab.runs.files import read_json
 from rspo_lab.runs.notebook import run_notebook
@@ -172,6 +173,27 @@ def test_gap(runs, trained):
         - frame["elbo_gap"]
         + frame["elbo_gap_reference"]
     ).abs().max() < 1e-9
+
+
+@pytest.mark.slow
+def test_objectives(runs, trained, tmp_path):
+    """The matrix of some methods, and the study's table and figure from a file of its own."""
+    tiny = {"model": "base-sudoku", "task": "sudoku", "lr": 1e-3}
+    file = tmp_path / "comparison.parquet"
+    config = TrainConfig(**TRAIN, **tiny)
+    rows = base_outcome(config).assign(task="sudoku", model="base-sudoku", method="base")
+    run_rows = rows.assign(method="rspo", seed=0, lr=1e-3, final=True, design="count", step=2)
+    costs = {"completions": 100.0, "scored": 4.0, "decoded": 6.0, "seconds": 1.0, "tuned_on": 0.5}
+    frame = pd.concat([rows, run_rows.assign(**costs)], ignore_index=True)
+    frame.assign(tuning=False, diverged=False, variant="").to_parquet(file)
+    given = {"objectives": ["rspo", "reinforce_path"], "prompts": 2, "group": 4, "redraws": 2}
+    path = run(runs, "05_objectives.ipynb", given | {"trained": str(trained), "results": str(file)})
+    cosines = pd.read_parquet(path / "results.parquet").set_index("method")
+    assert list(cosines) == list(cosines.index) == given["objectives"]
+    names = {"weights", "cosines", "objectives"}
+    assert {p.stem for p in (path / "figures").iterdir()} == names
+    rates = pd.read_csv(path / "figures/objectives.csv").set_index("label")
+    assert rates.loc["rspo", "greedy"] == rates.loc["base", "greedy"] == rows["greedy"].iloc[0]
 
 
 @pytest.mark.slow

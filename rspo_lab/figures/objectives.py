@@ -32,9 +32,9 @@ def family(design: str) -> str:
 def objectives_figure(rates: pd.DataFrame, frontier: pd.DataFrame) -> Figure:
     """Above: final solve rate by method with its interval, one panel per task.  Below: frontiers.
 
-    rates: a row per (task, label): method, design, greedy, low, high (95 %) and sampled; the base's
-    has the label "base".  frontier: a row per (task, label, step): design, kl and sampled, the mean
-    over seeds; step 0 is the base.
+    rates: a row per (task, label): design, greedy, sampled, low and high, the whisker, which is of
+    the difference from the base; the base's own row has the label "base".  frontier: a row per
+    (task, label, step): design, kl and sampled, means over seeds; step 0 is the base.
     """
     tasks = list(rates["task"].unique())
     order = rates.groupby("label")["greedy"].mean().sort_values().index
@@ -58,11 +58,10 @@ def objectives_figure(rates: pd.DataFrame, frontier: pd.DataFrame) -> Figure:
 
 
 def _draw_rates(axis: Axes, rates: pd.DataFrame, order: list[str]) -> None:
-    """One line per label: greedy with its interval, and hollow the rate of samples."""
+    """One line per label: greedy with its whisker, hollow the rate of samples; dotted: the base."""
     place = {label: i for i, label in enumerate(order)}
     for row in rates.itertuples():
         if row.label == "base":
-            axis.axvspan(100 * row.low, 100 * row.high, color="#eeeeee", zorder=0)
             axis.axvline(100 * row.greedy, color=INK, linewidth=0.8, linestyle=":")
             continue
         color, marker = FAMILIES[family(str(row.design))]
@@ -101,7 +100,7 @@ def _legend(figure: Figure, families: list[str]) -> None:
     for name in families:
         color, marker = FAMILIES[name]
         handles += axis.plot([], [], marker, color=color, label=f"score: {name}")
-    handles += axis.plot([], [], "o", color=INK, label="greedy, 95 %")
+    handles += axis.plot([], [], "o", color=INK, label="greedy (whisker: 95 % of the gain)")
     handles += axis.plot([], [], "o", color=INK, markerfacecolor="white", label="samples, T = 1")
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
 
@@ -124,7 +123,7 @@ def weights_figure(weights: pd.DataFrame) -> Figure:
                 part["advantage"], part["weight"] / scale, "o", color=OKABE_ITO["blue"], **style
             )
             axis.axhline(0, color=INK, linewidth=0.5)
-            axis.set_title(method, fontsize=6)
+            axis.set_title(method, fontsize=5.5)
         for axis in axes.flat[len(methods) :]:
             axis.set_visible(False)
         figure.supxlabel("standardised advantage", fontsize=7)
@@ -133,7 +132,7 @@ def weights_figure(weights: pd.DataFrame) -> Figure:
 
 
 def cosine_figure(cosines: pd.DataFrame) -> Figure:
-    """The matrix of cosines; the diagonal is that of a method's two halves of redraws."""
+    """The matrix of `method_updates.cosines`; empty where noise hides a gradient."""
     n = len(cosines)
     with new_figure(PAGE, PAGE * 0.88) as figure:
         axis = figure.subplots()

@@ -16,6 +16,7 @@ from torch import Tensor
 from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import Denoiser
 from rspo_lab.models.diffusion_lm import DiffusionLM
+from rspo_lab.objectives import METHODS
 from rspo_lab.policies import TrainedPolicy
 from rspo_lab.rollouts import Rollouts, fixed_rollouts
 from rspo_lab.update import accumulate_gradient, evidence, views_of_updates
@@ -113,7 +114,8 @@ def method_updates(
     on_method: Callable[[int, int], None] = lambda done, of: None,
     **how: Any,
 ) -> dict[str, MethodUpdate]:
-    """`method_update` of several methods, by name."""
+    """`method_update` of several methods, by name; of none named, of all there are."""
+    objectives = objectives or list(METHODS)
     updates = {}
     for done, objective in enumerate(objectives, 1):
         updates[objective] = method_update(trained, objective, **how)
@@ -138,19 +140,19 @@ def weights_table(updates: dict[str, MethodUpdate], advantage: Tensor) -> pd.Dat
 
 
 def cosines(updates: dict[str, MethodUpdate]) -> pd.DataFrame:
-    """Cosines of the methods' gradients; on the diagonal that of a method's own two halves.
+    """Cosines of the methods' expected gradients, free of mask noise; the noise on the diagonal.
 
-    Where that is well below 1 the redraws left noise, and the row's other values are too near 0.
+    Products are of halves with different masks, (a1 b2 + a2 b1)/2 over the roots of a1 a2 and
+    b1 b2: masks that two methods share do not make them agree, and noise does not make them differ.
+    What is left of the noise is scatter, also beyond 1.  The diagonal is the plain cosine of a
+    method's two halves; a row in which it is not above 0 is NaN, for noise hides that gradient.
     """
-    whole = torch.stack([update.gradient for update in updates.values()])
-    halves = torch.stack([update.halves for update in updates.values()])
-    table = _unit(whole) @ _unit(whole).T
-    table.fill_diagonal_(0)
-    table += torch.diag((_unit(halves[:, 0]) * _unit(halves[:, 1])).sum(1))
+    first, second = torch.stack([update.halves for update in updates.values()]).unbind(1)
+    cross = (first @ second.T + second @ first.T) / 2
+    square = cross.diagonal()
+    root = square.where(square > 0, torch.nan).sqrt()
+    table = cross / (root[:, None] * root)
+    own = (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
+    table.diagonal().copy_(own)
     names = list(updates)
     return pd.DataFrame(table.numpy(), index=names, columns=names)
-
-
-def _unit(rows: Float[Tensor, "n N"]) -> Float[Tensor, "n N"]:
-    """Rows of length 1; NaN for one that is 0, whose direction means nothing."""
-    return rows / rows.norm(dim=1, keepdim=True)

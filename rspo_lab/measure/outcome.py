@@ -189,7 +189,7 @@ def _breadth(batch: Batch, solved: list[bool], count: int) -> dict[str, float]:
     for k in KS:
         if k <= count:
             of_any = [pass_at_k(count, counts.total(), k) for counts in found]
-            of_each = [sum(pass_at_k(count, m, k) for m in c.values()) for c in found]
+            of_each = [sum((pass_at_k(count, m, k) for m in c.values()), 0.0) for c in found]
             row |= {f"pass_{k}": _mean(of_any), f"distinct_{k}": _mean(of_each)}
     return row
 

@@ -15,6 +15,7 @@ import torch
 
 from rspo_lab.config import TrainConfig, read_config
 from rspo_lab.measure.outcome import base_outcome, outcome
+from rspo_lab.models.loading import DATA
 from rspo_lab.runs.files import read_json, read_jsonl
 from rspo_lab.runs.parameters import flat
 from rspo_lab.runs.run import load_runs
@@ -23,8 +24,8 @@ from rspo_lab.sweeps.comparison import evaluation_curve, interval
 
 TUNING_SEEDS = 100  # seeds from here on
 GAIN = 0.1  # held-out solve rate above the base, for the completions that it takes to get there
-BASELINES = ("rspo", "reinforce_elbo")  # of the paired differences
 BASE = "base"  # the method of a base's own row
+BASELINES = (BASE, "rspo", "reinforce_elbo")  # of the paired differences
 # fields that are no part of a variant: where and how long a run is watched, not what it learns
 UNSEEN = {
     *("task", "model", "objective", "lr", "seed", "plugins", "snapshots", "eval_every"),
@@ -67,7 +68,8 @@ def collect(folders: Sequence[Path]) -> pd.DataFrame:
 def _ended(folder: Path) -> list[tuple[Path, TrainConfig, bool]]:
     """(folder, configuration, whether it diverged) of the training runs below a folder."""
     runs = []
-    for path in map(Path, load_runs(folder)["path"]):
+    found = load_runs(folder)
+    for path in map(Path, found["path"] if len(found) else ()):
         status = read_json(path / "status.json")
         diverged = status.get("error", {}).get("kind") == "Diverged"
         if (path / "metrics.jsonl").is_file() and (status.get("state") == "done" or diverged):
@@ -164,11 +166,11 @@ def methods_table(frame: pd.DataFrame) -> pd.DataFrame:
 
     lr: the chosen rate, "!" where none on one side of it was tried.  greedy, T = 1: mean solve rate
     in % over seeds, with its 95 % interval over seeds and clusters of problems
-    (`statistics.crossed_interval`).  over ...: points above a method at its own rate, paired by
-    seed and problem, n seeds where not all are paired.  KL: of the sampler, nats, 95 % Student over
-    seeds.  completions: the median number that it took to solve GAIN more than the base (thousands;
-    > all where most seeds never did).  collapsed: seeds whose final greedy rate is below the base's
-    interval, or that diverged.
+    (`statistics.crossed_interval`).  over ...: points above the base, or above a method at its own
+    rate, paired by problem and seed, n seeds where not all are paired.  KL: of the sampler, nats,
+    95 % Student over seeds.  completions: the median number that it took to solve GAIN more than
+    the base (thousands; > all where most seeds never did).  collapsed: seeds that diverged, or that
+    ended below the base, the interval over problems of their difference below 0.
     """
     rows = []
     for (task, model), part in reported(frame).groupby(["task", "model"], sort=False):
@@ -177,26 +179,22 @@ def methods_table(frame: pd.DataFrame) -> pd.DataFrame:
             key: group.sort_values("seed")
             for key, group in final.groupby(["method", "variant"], sort=False)
         }
-        base = groups[BASE, ""]
-        floor = crossed_interval(*_clusters(base, "greedy"))[1]
         first = {name: groups.get((name, "")) for name in BASELINES}
-        named = [_method_row(key, group, first, floor) for key, group in groups.items()]
+        named = [_method_row(key, group, first) for key, group in groups.items()]
         named.sort(key=lambda row: -row["order"])
         rows += [{"task": task, "base": model} | row for row in named]
     return pd.DataFrame(rows).drop(columns="order").fillna("")
 
 
-def _method_row(
-    key: tuple[str, str], group: pd.DataFrame, first: dict[str, Any], floor: float
-) -> dict[str, Any]:
+def _method_row(key: tuple[str, str], group: pd.DataFrame, first: dict[str, Any]) -> dict[str, Any]:
     """One row of `methods_table`."""
     alive = group[group["greedy"].notna()]
-    below = (group["greedy"] < floor) | group["diverged"].astype(bool)
     row: dict[str, Any] = {"method": ", ".join(filter(None, key)), "order": -1.0}
     if key[0] != BASE:
         row["lr"] = f"{group['lr'].iloc[0]:g}" + ("!" if group["interior"].iloc[0] is False else "")
-        row["seeds"] = len(group)
-        row["collapsed"] = f"{below.sum()}/{len(group)}"
+        row["seeds"] = str(len(group))
+        below = [paired(alive.iloc[[i]], first[BASE])[2] < 0 for i in range(len(alive))]
+        row["collapsed"] = f"{sum(below) + len(group) - len(alive)}/{len(group)}"
     if not len(alive):
         return row
     row["order"] = alive["greedy"].mean()
@@ -204,7 +202,9 @@ def _method_row(
         row[f"{name}, %"] = _percent(crossed_interval(*_clusters(alive, column)))
     for name, other in first.items():
         if other is not None and key != (name, "") and key[0] != BASE:
-            row[f"over {name}"] = paired(alive, other)
+            *difference, pairs = paired(alive, other)
+            few = f" (n = {pairs})" if pairs < len(alive) else ""
+            row[f"over {name}"] = _percent(difference, sign="+") + few
     row["pass@8, %"] = f"{100 * alive['pass_8'].mean():.1f}"
     row["distinct in 8"] = f"{alive['distinct_8'].mean():.2f}"
     if key[0] == BASE:
@@ -218,17 +218,22 @@ def _method_row(
     return row
 
 
-def paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
-    """Points above another method over the seeds of both, `+3.1 [+0.2, +6.0]`; "" without any."""
+def paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[float, float, float, int]:
+    """(difference of greedy rates, low, high, seeds): 95 %, paired by cluster, and by seed.
+
+    The base, which has no seed, is paired with all of them.  ValueError if there is no seed that
+    both have.
+    """
     ours = ours[ours["greedy"].notna()].set_index("seed")
     theirs = theirs[theirs["greedy"].notna()].set_index("seed")
+    if set(theirs["method"]) == {BASE}:
+        theirs = theirs.iloc[[0] * len(ours)].set_axis(ours.index)
     seeds = [seed for seed in ours.index if seed in theirs.index]
     if not seeds:
-        return ""
+        raise ValueError("the two methods have no seed in common")
     values, weights = _clusters(ours.loc[seeds], "greedy")
     other, _ = _clusters(theirs.loc[seeds], "greedy")
-    text = _percent(crossed_interval(values - other, weights), sign="+")
-    return text if len(seeds) == max(len(ours), len(theirs)) else f"{text} (n = {len(seeds)})"
+    return *crossed_interval(values - other, weights), len(seeds)
 
 
 def _clusters(rows: pd.DataFrame, column: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,7 +242,7 @@ def _clusters(rows: pd.DataFrame, column: str) -> tuple[torch.Tensor, torch.Tens
     return torch.tensor(values), torch.tensor(list(rows[f"{column}_problems"].iloc[0])).double()
 
 
-def _percent(rate: tuple[float, float, float], sign: str = "") -> str:
+def _percent(rate: Sequence[float], sign: str = "") -> str:
     mean, low, high = (100 * value for value in rate)
     return interval(mean, low, high, sign)
 
@@ -251,15 +256,30 @@ def _over_seeds(values: list[float]) -> str:
 
 
 def rates_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    """What `figures.objectives_figure` draws above: a row per (task, label)."""
+    """What `figures.objectives_figure` draws above: a row per (task, label), n seeds.
+
+    greedy and sampled: mean solve rates.  low, high: greedy, plus the ends of the 95 % interval of
+    its difference from the base's, paired by problem, about that difference.
+    """
+    groups = dict(_labelled(frame, final=True))
     rows = []
-    for (task, label), group in _labelled(frame, final=True):
+    for (task, label), group in groups.items():
         alive = group[group["greedy"].notna()]
         if len(alive):
-            mean, low, high = crossed_interval(*_clusters(alive, "greedy"))
-            rate = {"greedy": mean, "low": low, "high": high, "sampled": alive["sampled"].mean()}
-            design = group["design"].iloc[0]
-            rows.append({"task": task, "label": label, "design": design, "n": len(alive)} | rate)
+            rate, sampled = alive["greedy"].mean(), alive["sampled"].mean()
+            difference, low, high, _ = paired(alive, groups[task, BASE])
+            rows.append(
+                {
+                    "task": task,
+                    "label": label,
+                    "design": group["design"].iloc[0],
+                    "n": len(alive),
+                    "greedy": rate,
+                    "low": rate + low - difference,
+                    "high": rate + high - difference,
+                    "sampled": sampled,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -291,3 +311,8 @@ def _labelled(frame: pd.DataFrame, *, final: bool) -> list[tuple[tuple[str, str]
     variant = rows["variant"].where(rows["variant"] == "", ", " + rows["variant"])
     rows = rows.assign(label=rows["method"] + variant)
     return list(rows.groupby(["task", "label"], sort=False))  # pyright: ignore[reportReturnType]
+
+
+def read_comparison(file: str | Path) -> pd.DataFrame:
+    """What `collect` made, from a parquet file; "" is the study of all methods in data/."""
+    return pd.read_parquet(file or DATA / "objectives.parquet")

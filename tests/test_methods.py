@@ -1,0 +1,169 @@
+"""Methods against each other: which rate is chosen, what is reported, and paired differences."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rspo_lab.cli import main
+from rspo_lab.statistics import crossed_interval, mean_interval
+from rspo_lab.sweeps import methods
+
+
+def run(method, lr, seed, *, rates=(0.5, 0.5), tuned_on=0.5, **others):
+    """A row of `collect`; the rates are of two clusters, of one and of three problems."""
+    tuning = seed >= methods.TUNING_SEEDS
+    greedy = (rates[0] + 3 * rates[1]) / 4
+    row = {
+        **{"task": "sudoku", "model": "base", "method": method, "variant": "", "lr": lr},
+        **{"seed": seed, "tuning": tuning, "diverged": False, "tuned_on": tuned_on, "step": 100},
+        **{"final": True, "design": "count", "completions": 1000.0, "scored": 4.0, "decoded": 6.0},
+        **{"seconds": 40.0, "greedy": greedy, "sampled": greedy, "pass_8": 0.6, "distinct_8": 0.7},
+        **{"kl_sampler": 1.0, "random_order_ratio": 0.5},
+    }
+    for name in ("greedy", "sampled"):
+        row |= {f"{name}_clusters": list(rates), f"{name}_problems": [1, 3]}
+    if tuning:
+        row |= {"greedy": np.nan, "greedy_clusters": None, "sampled_clusters": None}
+    return row | others
+
+
+def base():
+    return run(methods.BASE, np.nan, 0, rates=(0.4, 0.4)) | {"seed": np.nan, "final": False}
+
+
+def tuned(method, **scores):
+    return [run(method, float(lr), 100, tuned_on=score) for lr, score in scores.items()]
+
+
+def test_the_best_rate_of_the_tuning_seeds_is_chosen_whatever_the_reported_ones_say():
+    frame = pd.DataFrame(
+        [
+            base(),
+            *tuned("rspo", **{"1e-4": 0.5, "3e-4": 0.6, "1e-3": 0.2}),
+            run("rspo", 3e-4, 0, rates=(0.1, 0.1)),
+            run("rspo", 1e-4, 0, rates=(0.9, 0.9)),
+            *tuned("raw", **{"1e-4": 0.7, "3e-4": 0.7}),
+        ]
+    )
+    rates = methods.chosen_rates(frame).set_index("method")
+    assert rates.loc["rspo", ["lr", "interior"]].tolist() == [3e-4, True]
+    assert rates.loc["raw", ["lr", "interior"]].tolist() == [1e-4, False]
+    assert rates.loc["rspo", "tried"] == "0.0001: 50.0, 0.0003: 60.0, 0.001: 20.0"
+    rows = methods.reported(frame)
+    assert rows["lr"].dropna().tolist() == [3e-4]
+    table = methods.methods_table(frame).set_index("method")
+    assert table.loc["rspo", "greedy, %"].startswith("10.0")
+    assert table.loc["rspo", "lr"] == "0.0003"
+
+
+def test_a_rate_that_diverged_is_worth_nothing():
+    frame = pd.DataFrame(tuned("rspo", **{"1e-4": 0.5, "3e-4": 0.6}))
+    frame.loc[1, "diverged"] = True
+    assert methods.chosen_rates(frame)["lr"].tolist() == [1e-4]
+
+
+def test_differences_are_paired_by_seed_and_cluster():
+    """Seeds and clusters that move both methods alike leave the difference; sorted by rate."""
+    shift = (0.0, 0.2, 0.1)
+    ours = [run("ours", 1e-3, s, rates=(0.5 + d, 0.3 + d)) for s, d in enumerate(shift)]
+    theirs = [run("rspo", 1e-3, s, rates=(0.4 + d, 0.2 + d)) for s, d in enumerate(shift)]
+    frame = pd.DataFrame([base(), *theirs[::-1], *ours])
+    table = methods.methods_table(frame).set_index("method")
+    assert list(table.index) == ["ours", "base", "rspo"]
+    assert table.loc["ours", "over rspo"] == "+10.0 [+10.0, +10.0]"
+    assert table.loc["rspo", "over rspo"] == ""
+    assert table.loc["ours", "seeds"] == "3" and table.loc["ours", "collapsed"] == "0/3"
+    fewer = methods.methods_table(frame[(frame["seed"] != 2) | (frame["method"] == "ours")])
+    assert fewer.set_index("method").loc["ours", "over rspo"].endswith("(n = 2)")
+
+
+def test_collapsed_seeds_are_below_the_base_or_diverged():
+    rows = [base(), run("rspo", 1e-3, 0, rates=(0.1, 0.1)), run("rspo", 1e-3, 1, rates=(0.6, 0.6))]
+    lost = run("rspo", 1e-3, 2) | {"diverged": True, "greedy": np.nan}
+    table = methods.methods_table(pd.DataFrame([*rows, lost])).set_index("method")
+    assert table.loc["rspo", "collapsed"] == "2/3"
+    assert table.loc["rspo", "greedy, %"].startswith("35.0")
+
+
+def test_completions_to_a_gain_are_read_between_evaluations():
+    curve = pd.DataFrame({"step": [0, 20, 40], "rate": [0.4, 0.45, 0.65]})
+    assert methods._steps_to(curve) == pytest.approx(25)
+    assert np.isnan(methods._steps_to(curve.iloc[:2]))
+
+
+def test_frames_of_the_figure():
+    """The whisker is of the gain over the base; the frontier starts there."""
+    early = run("rspo", 1e-3, 0) | {"step": 50, "final": False, "kl_sampler": 0.4, "sampled": 0.45}
+    frame = pd.DataFrame([base(), early, run("rspo", 1e-3, 0, rates=(0.7, 0.5))])
+    rates = methods.rates_frame(frame).set_index("label")
+    gain = crossed_interval(torch.tensor([[0.3, 0.1]]), torch.tensor([1.0, 3.0]))
+    assert rates.loc["rspo", ["low", "high"]].tolist() == pytest.approx([0.4 + g for g in gain[1:]])
+    frontier = methods.frontier_frame(frame)
+    assert frontier["step"].tolist() == [0, 50, 100]
+    assert frontier["kl"].tolist() == [0.0, 0.4, 1.0]
+
+
+def test_an_interval_over_one_problem_per_cluster_and_equal_clusters_is_students():
+    """Where problems do not differ it is Student's over seeds, where seeds do not over problems."""
+    seeds = [0.3, 0.5, 0.4]
+    values = torch.tensor(seeds, dtype=torch.float64)[:, None].expand(3, 4)
+    assert crossed_interval(values, torch.ones(4)) == pytest.approx(mean_interval(seeds))
+    problems = [0.1, 0.9, 0.4, 0.4]
+    values = torch.tensor(problems, dtype=torch.float64).expand(3, 4)
+    assert crossed_interval(values, torch.ones(4)) == pytest.approx(mean_interval(problems))
+    assert crossed_interval(values[:1], torch.ones(4)) == pytest.approx(mean_interval(problems))
+
+
+def test_the_interval_covers_the_mean_over_seeds_and_problems():
+    """Of 600 draws of 5 seeds and 48 clusters of unequal size 93 to 97.5 % hold the true rate."""
+    draw = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(600):
+        sizes = torch.randint(3, 20, (48,), generator=draw).double()
+        rate = 0.5 + 0.04 * torch.randn(5, 1, generator=draw, dtype=torch.float64)
+        rate = rate + 0.15 * torch.randn(1, 48, generator=draw, dtype=torch.float64)
+        noise = 0.3 * torch.randn(5, 48, generator=draw, dtype=torch.float64) / sizes.sqrt()
+        _, low, high = crossed_interval(rate + noise, sizes)
+        held += low <= 0.5 <= high
+    assert 0.93 <= held / 600 <= 0.975
+
+
+def test_one_cluster_is_refused():
+    with pytest.raises(ValueError, match="2 clusters"):
+        crossed_interval(torch.ones(3, 1), torch.ones(1))
+
+
+@pytest.mark.slow
+def test_runs_of_the_command_line_are_compared(tmp_path, capsys, monkeypatch):
+    """Tuning and reported runs of `train`, and a file that says the same again."""
+    from rspo_lab.measure import outcome
+
+    monkeypatch.setattr(outcome, "PROBLEMS", 6)
+    monkeypatch.setattr(outcome, "EXACT", 2)
+    small = "-p steps 2 -p prompts 2 -p group 4 -p eval_every 1 -p eval_problems 4 -p snapshots 2"
+    for name, seed, more in (
+        ("tuned", 100, "-p lr 1e-3"),
+        ("late", 0, "-p lr 1e-4"),
+        ("one", 0, "-p lr 1e-3"),
+        ("other", 0, "-p lr 1e-3 -p max_grad_norm 9"),
+    ):
+        words = f"train --run {tmp_path}/runs/{name}/x -p model base-countdown -p task countdown"
+        words += f" {small} -p device cpu -p seed {seed} {more}"
+        assert main(words.split()) == 0
+    capsys.readouterr()
+    file = tmp_path / "all.parquet"
+    assert main(["compare", str(tmp_path / "runs"), "--out", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "countdown, from base-countdown" in said and "rspo, max_grad_norm = 9.0" in said
+    frame = pd.read_parquet(file)
+    assert sorted(frame["method"].unique()) == ["base", "rspo"] and len(frame) == 1 + 1 + 3 * 2
+    assert "2 saved policies of runs at other than the chosen rates" in said
+    assert frame.loc[frame["seed"] == 0, "torch"].notna().all()
+    assert main(["compare", str(file)]) == 0
+    assert capsys.readouterr().out == said
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, capsys):
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "no training run" in capsys.readouterr().err
