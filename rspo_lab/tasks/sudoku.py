@@ -4,8 +4,9 @@ A grid is 16 characters, left to right, top to bottom, "0" = blank.  288 grids a
 valid; a puzzle here has exactly one solution.  Splits are by solution grid (240 train, 48 test), so
 no test solution is ever trained on.  Up to relabelling and moves of rows, columns and boxes there
 are only 2 grids, so most test puzzles are symmetric images of training puzzles: 184 of 256 for seed
-0, 6 of them mere relabellings (tests/test_sudoku.py).  Read files may hold puzzles with several solutions (124 of
-d1's 500 do): protocol "strict" accepts any of them, "d1" counts cells equal to the stored one.
+0, 6 of them mere relabellings (tests/test_sudoku.py).  Read files may hold puzzles with several
+solutions (124 of d1's 500 do): protocol "strict" accepts any of them, "d1" counts cells equal to
+the stored one.
 """
 
 import hashlib
