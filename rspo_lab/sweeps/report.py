@@ -34,18 +34,22 @@ from rspo_lab.sweeps.progress import counted
 
 RESULTS = ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
 BOUNDS = ["low", "high"]  # that results of older versions have not
+D = (
+    "d: the ELBO log-ratio to the reference, not that of the sampler that made the completions; "
+    "with use_reference=False the ELBO itself."
+)
 CAPTIONS = {
-    "training": "Training. Left to right: reward and held-out solve rate; mean ELBO log-ratio d on "
-    "policy; target, gap and spread of d; mask noise; how much λ corrects; gradient norm. "
-    "Pale: every step; line: running mean of 9.",
-    "pairs": "Centred ELBO log-ratio against advantage, one point per completion; "
-    "the dashed line is the target.",
+    "training": "Training. Left to right: reward and held-out solve rate; mean of d on policy; "
+    "target, gap and spread of d; mask noise; how much λ corrects; gradient norm. "
+    f"Pale: every step; line: running mean of 9. {D}",
+    "pairs": "Centred d against advantage, one point per completion; "
+    f"the dashed line is the target. {D}",
     "variance": "Variance of score, d and RSPO gradient by mask design and cost; "
     "whiskers 95 % Monte-Carlo; dashed: 1/K from count.",
     "profile": "Noise of one view of d by how many tokens it hides.",
     "learning": "Left: greedy held-out solve rate, mean over seeds; bars: 95 % Student over seeds, "
-    "of a single seed Wilson over the problems. Right: mean ELBO log-ratio on policy, running mean "
-    "of 9 steps; band: 95 % Student over seeds.",
+    "of a single seed Wilson over the problems. Right: mean of d on policy, running mean of 9 "
+    f"steps; band: 95 % Student over seeds. {D}",
     "cost": "Held-out solve rate against steps, scoring forwards per completion (of all "
     "models; a backward counts as two) and seconds of updates; mean over seeds; bars as for "
     "learning.",
