@@ -1,11 +1,13 @@
 """One set of defaults, in the configuration and in notebook 02."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from rspo_lab.config import TrainConfig
+from rspo_lab.config import TrainConfig, read_config
 from rspo_lab.objectives import METHODS
 from rspo_lab.runs.parameters import declared
 
@@ -48,3 +50,12 @@ def test_what_the_method_decides_is_resolved_at_once():
     assert TrainConfig(**dataclasses.asdict(config)) == config
     chosen = dataclasses.replace(config, advantage="softmax", hyper={"use_reference": False})
     assert chosen.advantage == "softmax" and chosen.hyperparameters["use_reference"] is False
+
+
+def test_a_run_of_a_gpu_is_read_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    values = dataclasses.asdict(TrainConfig(model="base-sudoku", task="sudoku", device="cuda"))
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path).device == "auto"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert read_config(tmp_path).device == "cuda"
