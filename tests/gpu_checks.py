@@ -42,9 +42,9 @@ from rspo_lab.estimators import token_logps
 from rspo_lab.masks.base import Masks
 from rspo_lab.masks.published import count
 from rspo_lab.measure import throughput
-from rspo_lab.measure.cost import timed
+from rspo_lab.measure.cost import AdapterMemory, timed
 from rspo_lab.measure.naive import NaiveLM, naive_generate
-from rspo_lab.models.adapters import add_lora
+from rspo_lab.models.adapters import LORA_TARGETS, add_lora
 from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.models.loading import untrained
 from rspo_lab.models.tokenizer import char_tokenizer
@@ -955,6 +955,24 @@ def _peaks(s: Session) -> None:
         ok=0.9 <= many / few <= 1.1,
     )
     s.add("peak of an update at K = 8", many, "GiB", tolerance="80 GB", ok=many < CARD_GIB)
+    shape = s.scale.large
+    memory = AdapterMemory(
+        width=shape.width,
+        layers=shape.layers,
+        heads=shape.heads,
+        ffn=shape.ffn,
+        vocab=shape.vocab,
+        rank=s.scale.lora_rank,
+        targets=LORA_TARGETS["all-linear"],
+    )
+    s.add(
+        "the same beside the arithmetic of measure.cost",
+        many,
+        "GiB",
+        shape=shape,
+        baseline=memory.gib(shape.sequences * (shape.prompt + shape.completion)),
+        note="in half precision; without what the device itself needs",
+    )
 
 
 # Sudoku
