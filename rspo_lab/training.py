@@ -179,8 +179,9 @@ class Learner:
     ) -> tuple[dict, Tensor | None]:
         """All updates on one rollout; (the step's record, d per completion at the first update).
 
-        d is None for a method without a reference.  A rollout with no row left (all groups
-        skipped) changes nothing.
+        The record is of the first update, its forwards of all, and what the loss says of itself of
+        the last, where a ratio has moved and may be clipped.  d is None for a method without a
+        reference.  A rollout with no row left (all groups skipped) changes nothing.
         """
         record = {"step": step} | rollouts.record
         if len(rollouts) == 0:
@@ -192,10 +193,11 @@ class Learner:
         updates = [
             update(self.config, self.policy, self.optimizer, rollouts, one, step) for one in views
         ]
-        first, d = updates[0]
+        first, _, d = updates[0]
+        _, said, _ = updates[-1]
         names = ("forward_passes", "forwards")
-        spent = {name: sum(logged[name] for logged, _ in updates) for name in names}
-        return record | first | spent, d
+        spent = {name: sum(logged[name] for logged, _, _ in updates) for name in names}
+        return record | first | said | spent, d
 
     @_within_memory("an evaluation", "eval_problems, of which 256 decode together")
     def solve_rate(self) -> float:

@@ -71,10 +71,10 @@ def update(
     rollouts: Rollouts,
     views: Views,
     step: int,
-) -> tuple[dict, Float[Tensor, " B"] | None]:
-    """One optimizer step; (what to log, d per completion if the method has a reference).
+) -> tuple[dict, dict[str, float], Float[Tensor, " B"] | None]:
+    """One optimizer step; (what to log, what the loss says of itself, d per completion).
 
-    Diverged if loss or gradient is not finite.
+    d is None for a method without a reference.  Diverged if loss or gradient is not finite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
@@ -103,10 +103,11 @@ def update(
     optimizer.step()
     record = {"loss": loss.value.item(), "gradient_norm": norm, "lr": learning_rate(config, step)}
     record |= _cost(config, views, rollouts)
-    record |= {name: float(value) for name, value in loss.log.items()}
+    said = {name: float(value) for name, value in loss.log.items()}
     if not config.method.reference:
-        return record, None
-    return _with_gap(config, record, evidence(rollouts, views, token_logp))
+        return record, said, None
+    record, d = _with_gap(config, record, evidence(rollouts, views, token_logp))
+    return record, said, d
 
 
 def accumulate_gradient(

@@ -423,3 +423,14 @@ def test_every_config_field_is_read():
     for field in dataclasses.fields(TrainConfig):
         read = re.search(rf"\bconfig\.{field.name}\b|self\.{field.name}\b", body)
         assert read or field.name in taken, f"nothing reads TrainConfig.{field.name}"
+
+
+def test_the_record_says_what_was_clipped_at_the_last_update(base, tmp_path):
+    """At the first update every ratio is 1."""
+    clipped = {}
+    for inner in (1, 3):
+        chosen = config(
+            base, objective="diffu_grpo", views=1, inner_steps=inner, steps=1, hyper={"clip": 1e-6}
+        )
+        clipped[inner] = train(chosen, Folder(tmp_path / str(inner)))[-1]["clipped"]
+    assert clipped[1] == 0 < clipped[3]

@@ -3,6 +3,7 @@
 Shapes: B paths, n redraws of their masks, T steps of the longest path.  Nats, nats^2.
 """
 
+from dataclasses import replace
 from itertools import product
 
 import pandas as pd
@@ -15,7 +16,9 @@ from rspo_lab.estimators import Denoiser, elbo_draws, token_logps
 from rspo_lab.masks.base import Masks
 from rspo_lab.masks.designs import path_design
 from rspo_lab.measure.score_noise import Expectation, frame_of, noise_quantities
+from rspo_lab.policies import TrainedPolicy
 from rspo_lab.random_streams import generator
+from rspo_lab.rollouts import fixed_rollouts
 
 # of `score_noise` and what it is called here: another score with another expectation
 QUANTITIES = {
@@ -24,6 +27,39 @@ QUANTITIES = {
     "bias_score": "bias_path_score",
     "bias_d": "bias_path_d",
 }
+
+
+def of_trained(
+    measured: TrainedPolicy,
+    *,
+    prompts: int,
+    group: int,
+    threshold: float,
+    designs: list[str],
+    views: list[int],
+    merges: list[int],
+    redraws: int,
+    seed: int,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(`path_rows`, `merged_rows`) of a saved policy's own rollouts, decoded with a threshold."""
+    config = replace(
+        measured.config,
+        objective="reinforce_path",
+        hyper=None,
+        design="path",
+        views=1,
+        path_score="tokens",
+        residual="shared",
+        old_views=0,
+        allocate=False,
+        threshold=threshold,
+    )
+    policy, reference = measured.policy, measured.reference
+    paths = fixed_rollouts(config, policy, prompts=prompts, group=group, seed=seed).distinct
+    sampled = path_rows(
+        policy, reference, paths, designs=designs, views=views, redraws=redraws, seed=seed
+    )
+    return sampled, merged_rows(policy, reference, paths, merges=merges)
 
 
 @torch.no_grad()
