@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rspo_lab.batch import Batch
-from rspo_lab.sampler_law import Sampler, StepLaw, step_law
+from rspo_lab.sampler_law import Sampler, StepLaw, logsumexp, step_law
 
 MOST_TOKENS = 16
 MOST_SAMPLED = 11  # tokens per block of `sampler_logp`: 3^u pairs of a state and what it keeps
@@ -197,7 +197,7 @@ def _block_logp(law: StepLaw, quotas: list[int]) -> Float[Tensor, ""]:
         after = torch.full_like(value, -torch.inf)
         after[0] = 0.0
         for state, rest, logp in moves[quota]:
-            after = after.index_put((state,), _logsumexp(logp + value[rest]))
+            after = after.index_put((state,), logsumexp(logp + value[rest]))
         value = after
     return value[-1]
 
@@ -222,13 +222,6 @@ def _moves(law: StepLaw, quota: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 def _subsets(tokens: int) -> Bool[Tensor, "S u"]:
     """All 2^u subsets; bit j of the index says whether token j is in it."""
     return (torch.arange(2**tokens)[:, None] >> torch.arange(tokens) & 1).bool()
-
-
-def _logsumexp(logp: Float[Tensor, "C k"]) -> Float[Tensor, " C"]:
-    """logsumexp over the last axis whose gradient is 0, not NaN, where all terms are -inf."""
-    possible = (logp > -torch.inf).any(-1)
-    total = logp.where(possible[:, None], 0.0).logsumexp(-1)
-    return total.masked_fill(~possible, -torch.inf)
 
 
 def _sizes_and_law(tokens: int) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"]]:

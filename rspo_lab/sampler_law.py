@@ -16,6 +16,11 @@ probability that it keeps exactly the positions K, with the tokens y_K of a comp
 if |K| is the quota (or all that is hidden), or if |K| is larger and each token of y_K is more
 probable than the threshold; else 0.
 
+Its sum over all K is the agreement: the probability that the step writes only tokens of y, wherever
+it writes.  Along any path to y that keeps K with its share of the agreement, the product of the
+steps' agreements is an unbiased estimate of Pr[the sampler writes y] (sequential importance
+sampling); along the sampler's own path its inverse is one of the inverse probability.
+
 As a function of the model it jumps where two probabilities cross, or one crosses the threshold;
 gradients are those between the jumps.
 """
@@ -91,6 +96,44 @@ class StepLaw:
         possible = (size == least) | ((size > least) & all_sure)
         return terms.masked_fill(self.hidden[:, None] & ~possible[..., None], -torch.inf)
 
+    def forced(self, quota: Int[Tensor, " n"]) -> Bool[Tensor, "n L"]:
+        """The positions that the step keeps if all of its draws are tokens of y."""
+        return self.hidden & ((self.rank < quota[:, None]) | self.sure)
+
+    def agreement(self, quota: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """log Pr[all that the step keeps are tokens of y], the sum of `kept` over all sets.
+
+        quota: at least 1 where a token is hidden, as every schedule has it.  0 where none is.
+
+        In the order of rank, either the least probable token kept is the r-th of y, not sure: then
+        quota - 1 of those before it are kept, and the draws at all others rank below it; or only
+        sure ones are kept, at least quota of them, and no other draw is sure.  Given that a
+        position's draw is y's token or not kept, these are independent coins, so both need the law
+        of a number of heads.
+        """
+        order = self.rank.argsort(-1)
+        hidden = self.hidden.gather(1, order)
+        sure = self.sure.gather(1, order)
+        token = self.token.gather(1, order)
+        below = self.below.gather(1, order[..., None].expand(self.below.shape))
+        below = below.gather(2, order[:, None].expand(self.below.shape))  # [r, j], both by rank
+        place = torch.arange(order.shape[1], device=order.device)
+        before = (place < place[:, None]) & hidden[:, None]
+        after = (place > place[:, None]) & hidden[:, None]
+        least = quota.minimum(hidden.sum(1))
+        agree, heads = _heads(token[:, None].expand_as(below), below, before, least - 1)
+        exactly = heads.gather(-1, (least - 1).clamp(min=0)[:, None, None].expand_as(heads))[..., 0]
+        last = token + agree + _log(exactly) + below.where(after, 0.0).sum(-1)
+        last = last.masked_fill(sure | ~hidden, -torch.inf)
+        # below[0] of a row with a sure token: no other is sure
+        agree, heads = _heads(token, below[:, 0], sure, least)
+        enough = torch.arange(heads.shape[-1], device=order.device) >= least[:, None]
+        rest = below[:, 0].where(hidden & ~sure, 0.0).sum(-1)
+        only_sure = agree + _log(heads.where(enough, 0.0).sum(-1)) + rest
+        only_sure = only_sure.masked_fill(~sure.any(1), -torch.inf)
+        total = logsumexp(torch.cat([last, only_sure[:, None]], 1))
+        return total.where(hidden.any(1), 0.0)
+
 
 def step_law(
     logp: Float[Tensor, "n L V"],
@@ -128,6 +171,41 @@ def drawing_logp(logits: Float[Tensor, "*n V"], temperature: float) -> Float[Ten
     return (logits / temperature).log_softmax(-1)
 
 
+def logsumexp(logp: Float[Tensor, "*n k"]) -> Float[Tensor, "*n"]:
+    """logsumexp over the last axis whose gradient is 0, not NaN, where all terms are -inf."""
+    possible = (logp > -torch.inf).any(-1)
+    total = logp.where(possible[..., None], 0.0).logsumexp(-1)
+    return total.masked_fill(~possible, -torch.inf)
+
+
+def _log(p: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """log p, -inf without a gradient where p is 0."""
+    return p.where(p > 0, 1.0).log().masked_fill(p <= 0, -torch.inf)
+
+
+def _heads(
+    token: Float[Tensor, "*n L"],
+    below: Float[Tensor, "*n L"],
+    among: Bool[Tensor, "*n L"],
+    most: Int[Tensor, " B"],
+) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n h"]]:
+    """(log Pr[each draw `among` is y's token or ranks below], Pr[so many are y's | that]).
+
+    token, below: their log-probs.  The law of the number is exact up to the largest `most`; the
+    last entry holds all larger numbers.
+    """
+    either = logsumexp(torch.stack([token, below], -1))
+    possible = among & (either > -torch.inf)
+    head = (token - either.where(possible, 0.0)).exp().where(possible, 0.0)
+    tops = max(int(most.max()), 0) + 2
+    law = [torch.ones_like(either[..., 0])] + [torch.zeros_like(either[..., 0])] * (tops - 1)
+    for p in head.unbind(-1):
+        shifted = [torch.zeros_like(law[0]), *law[:-1]]
+        stay = [k * (1 - p) for k in law[:-1]] + [law[-1]]
+        law = [a + b * p for a, b in zip(stay, shifted)]
+    return either.where(among, 0.0).sum(-1), torch.stack(law, -1)
+
+
 def _below(
     mass: Float[Tensor, "n L V"],
     prob: Float[Tensor, "n L V"],
@@ -151,5 +229,4 @@ def _below(
     binned = mass.new_zeros(*mass.shape[:2], length + 1).scatter_add(-1, bins, mass)
     from_least = binned.flip(-1).cumsum(-1).flip(-1)  # [j, r]: below at least r cuts
     below = from_least[..., 1:].gather(-1, rank[:, None].expand(-1, length, -1)).transpose(1, 2)
-    possible = below > 0
-    return below.where(possible, 1.0).log().masked_fill(~possible, -torch.inf)
+    return _log(below)

@@ -1,5 +1,6 @@
 """A path's score with the law of the positions: sums to 1 over paths, and its gradient is that of
-the sampler's expected reward; the tokens alone are not.
+the sampler's expected reward; the tokens alone are not.  Agreement along a path: an unbiased
+likelihood.
 """
 
 import itertools
@@ -12,8 +13,10 @@ from conftest import completions, table_denoiser
 from rspo_lab.batch import Batch
 from rspo_lab.estimators import token_logps
 from rspo_lab.masks.path import path
+from rspo_lab.models.loading import tiny
 from rspo_lab.oracle import sampler_logp
-from rspo_lab.path_score import StepLogp
+from rspo_lab.path_score import StepAgreement, StepLogp, forced_path, path_law
+from rspo_lab.sampler import generate
 from rspo_lab.sampler_law import Sampler
 
 LENGTH, IDS = 4, 2
@@ -111,3 +114,96 @@ def test_batches_without_steps_are_refused():
     batch = completions([[0, 1, 0, 1]])
     with pytest.raises(ValueError, match="carry their steps"):
         StepLogp(table_denoiser(LENGTH, IDS, 0), SAMPLERS[0])(batch, batch.valid)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_product_of_agreements_is_an_unbiased_likelihood(sampler):
+    """Over all paths to each completion: E[product] = p if a path is drawn by its steps' shares of
+    the agreement, E[1 / product] = 1 / p if it is the sampler's own; so the mean logarithms are a
+    bound from below and one from above.
+    """
+    model = table_denoiser(LENGTH, IDS, 3)
+    batch = all_paths(sampler)
+    chance = score(StepLogp(model, sampler).exact, batch).exp()
+    agreement = score(StepAgreement(model, sampler), batch)
+    code = (batch.completion * IDS ** torch.arange(LENGTH)).sum(1)
+
+    def per_completion(values):
+        return torch.zeros(IDS**LENGTH, dtype=torch.float64).index_add(0, code, values)
+
+    likelihood = torch.zeros(IDS**LENGTH, dtype=torch.float64)
+    likelihood[code] = sampler_logp(model.conditionals, batch, batch.valid, sampler).exp()
+    share = chance / agreement.exp()
+    torch.testing.assert_close(per_completion(share), torch.ones_like(likelihood))
+    torch.testing.assert_close(per_completion(share * agreement.exp()), likelihood)
+    own = chance / likelihood[code]
+    torch.testing.assert_close(per_completion(own / agreement.exp()), 1 / likelihood)
+    below = per_completion(share * agreement)
+    above = per_completion(own * agreement)
+    assert (below <= likelihood.log() + 1e-12).all() and (above >= likelihood.log() - 1e-12).all()
+    assert (above - below).max() > 0.05
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_forced_path_is_the_samplers_with_all_draws_y(sampler):
+    """Step by step as `StepLaw.forced` has it, its agreement that of `StepAgreement` on that path;
+    a token that stood there before is written at no step.
+    """
+    model = table_denoiser(LENGTH, IDS, 3)
+    batch = completions([list(ids) for ids in itertools.product(range(IDS), repeat=LENGTH)])
+    written = torch.ones_like(batch.valid)
+    written[3, 1] = False
+    step, agreement = forced_path(model, batch, written, sampler, slice_size=5)
+    assert (step >= 0).equal(written)
+    on_path = replace(batch, step=step, surprisal=torch.ones(step.shape))
+    masks = path(written, step, on_path.surprisal, 1, generator=torch.Generator())
+    hidden_too = replace(masks, scored=None)
+    again = token_logps(StepAgreement(model, sampler), on_path, hidden_too).sum((0, 2))
+    torch.testing.assert_close(agreement, again)
+    for n in range(int(step.max()) + 1):
+        hidden = step >= n
+        row = (step == n).any(1)
+        law, kept, quota = path_law(model, sampler, on_path.rows(row), hidden[row])
+        assert law.forced(quota).equal(kept)
+
+
+def test_a_forced_path_is_the_greedy_rollouts():
+    """Of a greedy completion it is the path that decoding took, and agreement is certain."""
+    model = tiny("0123=", seed=1, layers=1, width=16)
+    prompt, prompt_valid = model.encode(["12=", "3="])
+    canvas = model.encode_canvas(["?3??", "????"])
+    rollout = generate(
+        model.logits,
+        prompt,
+        prompt_valid,
+        canvas=canvas.clone(),
+        mask_id=model.mask_id,
+        block=2,
+        steps=4,
+        temperature=0.0,
+        threshold=0.3,
+        generator=torch.Generator(),
+    )
+    batch = Batch(prompt, prompt_valid, rollout.completion, rollout.step >= 0)
+    step, agreement = forced_path(model, batch, rollout.step >= 0, Sampler(0.0, 0.3, 2, 4))
+    assert step.equal(rollout.step) and (agreement == 0).all()
+
+
+def test_the_gradient_of_agreement_is_its_slope():
+    model = table_denoiser(LENGTH, IDS, 3)
+    batch = all_paths(SAMPLERS[2]).rows([40, 71, 111])
+
+    def value():
+        return score(StepAgreement(model, SAMPLERS[2]), batch).sum()
+
+    value().backward()
+    flat = model.logits.grad.flatten()
+    for place in flat.abs().argsort(descending=True)[:20:4].tolist():
+        with torch.no_grad():
+            parameter = model.logits.view(-1)[place]
+            parameter += 1e-6
+            up = value()
+            parameter -= 2e-6
+            down = value()
+            parameter += 1e-6
+        assert flat[place].item() == pytest.approx((up - down).item() / 2e-6, abs=1e-7)

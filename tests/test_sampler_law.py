@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import table_denoiser
 
+from rspo_lab.sampler import _kept
 from rspo_lab.sampler_law import Sampler, drawing_logp, step_law
 
 
@@ -164,3 +165,43 @@ def test_the_table_law_sums_to_one_over_tokens_and_sets():
     p = law.kept(kept.expand(27, -1, -1), torch.ones(27, dtype=torch.long)).sum(-1).exp()
     events = p / 3.0 ** (3 - kept.sum(-1))  # an event is met by all completions that agree on K
     assert events.sum().item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("quota", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "temperature, threshold", [(1.0, 1.0), (1.0, 0.5), (0.6, 0.7), (1.7, 0.3), (0.0, 0.6)]
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_agreement_is_the_sum_over_all_sets(temperature, threshold, quota, ties):
+    """In closed form what `kept` gives set by set; with its gradient."""
+    sampler = Sampler(temperature, threshold, 5, 5)
+    logits = random_logits(11, 40, 5, 3, ties=ties).requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.rand(40, 5, generator=generator) < 0.7
+    y = torch.randint(0, 3, (40, 5), generator=generator)
+    law = step_law(logits, y, hidden, sampler)
+    many = torch.full((40,), quota)
+    every = subsets(torch.ones(5, dtype=torch.bool))[1:].expand(40, -1, -1)
+    inside = (~every | hidden[:, None]).all(-1)
+    by_set = law.kept(every & hidden[:, None], many).sum(-1).masked_fill(~inside, -torch.inf)
+    expected = by_set.exp().sum(-1)
+    expected = torch.where(hidden.any(1), expected, 1.0)
+    agreement = law.agreement(many).exp()
+    torch.testing.assert_close(agreement, expected, rtol=0, atol=1e-12)
+    if temperature == 0:
+        return
+    (ours,) = torch.autograd.grad(agreement.sum(), logits, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected.sum(), logits)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_forced_draws_keep_what_the_sampler_would():
+    """`forced` is the set of positions that `generate` keeps when it draws y everywhere."""
+    logits = random_logits(2, 30, 6, 4)
+    hidden = torch.rand(30, 6, generator=torch.Generator().manual_seed(3)) < 0.8
+    y = torch.randint(0, 4, (30, 6), generator=torch.Generator().manual_seed(4))
+    quota = torch.arange(30) % 3 + 1
+    law = step_law(logits, y, hidden, Sampler(1.0, 0.5, 6, 6))
+    prob = logits.float().softmax(-1).gather(-1, y[..., None])[..., 0].masked_fill(~hidden, -1)
+    assert law.forced(quota).equal(_kept(hidden, prob, quota, 0.5))
+    assert law.forced(quota).any(1).equal(hidden.any(1))
