@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rspo_lab.batch import Batch, valid_until_end
 from rspo_lab.models.adapters import add_lora
+from rspo_lab.models.kv_cache import cache_keyword
 from rspo_lab.models.loading import load, tiny
 from rspo_lab.policies import reference_of
 
@@ -168,3 +169,20 @@ def test_valid_ends_with_the_first_end_token():
         [True, False, False, False],
     ]
     assert valid_until_end(completion, None).all()
+
+
+def test_the_cache_is_given_by_the_name_that_the_model_has_for_it():
+    """transformers renamed it, and takes another keyword without a word."""
+
+    class Older(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None, **kwargs):
+            """Nothing."""
+
+    class Neither(torch.nn.Module):
+        def forward(self, input_ids, **kwargs):
+            """Nothing."""
+
+    assert cache_keyword(LlamaForCausalLM) in ("cache", "past_key_values")
+    assert cache_keyword(Older) == "past_key_values"
+    with pytest.raises(TypeError, match="Neither takes no cache"):
+        cache_keyword(Neither)

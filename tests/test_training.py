@@ -26,7 +26,7 @@ from rspo_lab.objectives import METHODS, Method, reinforce, rspo
 from rspo_lab.policies import load_trained, reference_of, trained_run
 from rspo_lab.rollouts import fixed_rollouts
 from rspo_lab.tasks import sudoku
-from rspo_lab.training import Preempted, train
+from rspo_lab.training import OutOfMemory, Preempted, train
 from rspo_lab.update import Diverged
 
 
@@ -176,6 +176,27 @@ def test_signal_saves_and_says_so(base, tmp_path):
     assert [
         r["step"] for r in train(config(base, checkpoint_every=100), Folder(tmp_path / "run"))
     ] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({}, ["slice_size", "(512)", "lora all-linear", "bfloat16 with them"]),
+        ({"lora": "all-linear", "dtype": "bfloat16", "slice_size": 9}, ["slice_size", "(9)"]),
+    ],
+)
+def test_a_device_without_room_says_what_bounds_the_memory(
+    base, tmp_path, monkeypatch, fields, said
+):
+    def no_room(*given, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(update, "token_logps", no_room)
+    with pytest.raises(OutOfMemory, match="in an update") as error:
+        train(config(base, **fields), Folder(tmp_path))
+    assert all(words in str(error.value) for words in said)
+    assert ("bfloat16" in str(error.value)) == (not fields)
+    assert "Tried to allocate" in str(error.value.__cause__)
 
 
 def test_another_config_is_refused(base, whole):
