@@ -18,7 +18,14 @@ def run(method, lr, seed, *, rates=(0.5, 0.5), tuned_on=0.5, **others):
         **{"task": "sudoku", "model": "base", "method": method, "variant": "", "lr": lr},
         **{"seed": seed, "tuning": tuning, "diverged": False, "tuned_on": tuned_on, "step": 100},
         **{"final": True, "design": "count", "completions": 1000.0, "scored": 4.0, "decoded": 6.0},
-        **{"seconds": 40.0, "greedy": greedy, "sampled": greedy, "pass_8": 0.6, "distinct_8": 0.7},
+        **{
+            "updates": 1,
+            "seconds": 40.0,
+            "greedy": greedy,
+            "sampled": greedy,
+            "pass_8": 0.6,
+            "distinct_8": 0.7,
+        },
         **{"kl_sampler": 1.0, "random_order_ratio": 0.5},
     }
     for name in ("greedy", "sampled"):

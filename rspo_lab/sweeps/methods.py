@@ -36,15 +36,15 @@ UNSEEN = {
 def collect(folders: Sequence[Path]) -> pd.DataFrame:
     """All training runs below the folders that ended, and their bases: one row per saved policy.
 
-    task, model (the base), method, design (of its masks), variant (where it differs from its
-    method's tuning runs), lr, seed, tuning, diverged; the columns of `outcome`, missing for tuning
-    runs and for those that diverged, which have one row each; tuned_on: mean of a run's last two
-    held-out evaluations, what a rate is chosen by; completions: how many it took to solve GAIN more
-    than the base, by straight lines between evaluations, NaN if it never did; scored, decoded:
-    forwards per completion of scoring (all models, a backward counts as two) and of the rollout;
-    seconds: of all steps; torch, transformers, device, commit: where it was run.  A base that
-    notebook 01 trained on is the method "supervised".  Runs that did not end are left out.
-    ValueError if there is none.
+    task, model (the base), method, design (of its masks), updates (per rollout), variant (where it
+    differs from its method's tuning runs), lr, seed, tuning, diverged; the columns of `outcome`,
+    missing for tuning runs and for those that diverged, which have one row each; tuned_on: mean of
+    a run's last two held-out evaluations, what a rate is chosen by; completions: how many it took
+    to solve GAIN more than the base, by straight lines between evaluations, NaN if it never did;
+    scored, decoded: forwards per completion of scoring (all models, a backward counts as two) and
+    of the rollout; seconds: of all steps; torch, transformers, device, commit: where it was run.  A
+    base that notebook 01 trained on is the method "supervised".  Runs that did not end are left
+    out.  ValueError if there is none.
     """
     frames = []
     bases: dict[tuple[str, str], pd.DataFrame] = {}
@@ -121,6 +121,7 @@ def _run_row(path: Path, config: TrainConfig, usual: dict[str, Any]) -> dict[str
         "model": _base_name(config.model),
         "method": config.objective,
         "design": config.design,
+        "updates": config.inner_steps,
         "variant": ", ".join(f"{k} = {own[k]}" for k in other),
         "lr": config.lr,
         "seed": config.seed,
@@ -246,6 +247,7 @@ def _method_row(key: tuple[str, str], group: pd.DataFrame, first: dict[str, Any]
     if group["scored"].notna().any():  # it has rollouts
         reached = group["completions"].fillna(np.inf).median() / 1000
         row["completions, k"] = f"{reached:.1f}" if np.isfinite(reached) else "> all"
+        row["updates"] = f"{group['updates'].iloc[0]:.0f}"
         row["forwards"] = f"{group['decoded'].mean():.1f} + {group['scored'].mean():.1f}"
         row["seconds"] = f"{group['seconds'].mean():.0f}"
     return row
