@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from rspo_lab.sweeps.study import Study
 
 CONFIG = Path(__file__).parent / "config.py"  # of training
-TRAINING = "02_train.ipynb"  # the notebook that makes a run of the same parameters
 SAY_S = 5.0  # seconds between the lines of a training, at least
 
 
@@ -373,7 +372,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _run_of_study(file: str, name: str) -> dict[str, Any]:
     """The parameters of one run of a study, as its notebook would have them on a GPU."""
-    from rspo_lab.sweeps.study import read_study
+    from rspo_lab.sweeps.study import TRAINING, read_study
 
     trainings = [
         point

@@ -291,6 +291,8 @@ class TrainConfig:
 def read_config(folder: Path) -> TrainConfig:
     """The configuration of the training run in a folder, with its own copy of its plugins.
 
+    Of a run on a GPU, read where there is none, the device is "auto".
+
     FileNotFoundError if there is none; ValueError for one that this version does not read.
     """
     if not (folder / "config.json").is_file():
@@ -303,6 +305,8 @@ def read_config(folder: Path) -> TrainConfig:
             f"{folder} was trained by another version, which had {', '.join(unknown)}: measure it "
             "with that one (provenance.json names its commit), or train it again"
         )
+    if values.get("device") == "cuda" and not torch.cuda.is_available():
+        values["device"] = "auto"  # it was trained on a GPU, and is looked at on another machine
     if (folder / "plugins.py").is_file():  # as the run had them, wherever the file is now
         values["plugins"] = str(folder / "plugins.py")
     return TrainConfig(**values)

@@ -1,9 +1,14 @@
 """One set of defaults, in the configuration and in notebook 02."""
 
 import dataclasses
+import json
 from pathlib import Path
 
-from rspo_lab.config import TrainConfig
+import pytest
+import torch
+
+from rspo_lab.config import TrainConfig, read_config
+from rspo_lab.objectives import METHODS
 from rspo_lab.runs.parameters import declared
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks/02_train.ipynb"
@@ -24,6 +29,14 @@ def test_notebook_02_and_the_configuration_have_the_same_fields_and_defaults():
     )
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_defaults_that_fit_each_other(name):
+    row = METHODS[name]
+    config = TrainConfig(model="base-sudoku", task="sudoku", objective=name)
+    assert (config.advantage, config.design) == (row.advantage, row.design)
+    assert (config.views, config.inner_steps) == (row.views, row.inner_steps)
+
+
 def test_what_the_method_decides_is_resolved_at_once():
     config = TrainConfig(model="base-sudoku", task="sudoku")
     assert (config.advantage, config.design, config.inner_steps) == ("standardized", "count", 1)
@@ -37,3 +50,12 @@ def test_what_the_method_decides_is_resolved_at_once():
     assert TrainConfig(**dataclasses.asdict(config)) == config
     chosen = dataclasses.replace(config, advantage="softmax", hyper={"use_reference": False})
     assert chosen.advantage == "softmax" and chosen.hyperparameters["use_reference"] is False
+
+
+def test_a_run_of_a_gpu_is_read_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    values = dataclasses.asdict(TrainConfig(model="base-sudoku", task="sudoku", device="cuda"))
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path).device == "auto"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert read_config(tmp_path).device == "cuda"

@@ -330,18 +330,16 @@ def test_dare_cyclic_is_unbiased_for_the_block_by_block_elbo(block, monkeypatch)
 
 
 def test_dare_cyclic_spreads_levels_over_all_blocks_and_rounds():
-    """Of one block its counts are those of `systematic` at the same start; of blocks of 2, four
-    levels of two rounds differ by a quarter, so each count comes up twice.
+    """Of one block its counts are those of `systematic` at the same start; of two blocks of 4, the
+    levels of two rounds differ by a quarter, so each count comes up once.
     """
     valid = torch.ones(50, 8, dtype=torch.bool)
     whole = DESIGNS["dare_cyclic"](valid, 4, generator=torch.Generator().manual_seed(0))
     same = systematic(valid, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(whole.hidden, same.hidden) and torch.equal(whole.weight, same.weight)
-    parts = DESIGNS["dare_cyclic"](
-        valid[:, :4], 2, block=2, generator=torch.Generator().manual_seed(0)
-    )
+    parts = DESIGNS["dare_cyclic"](valid, 2, block=4, generator=torch.Generator().manual_seed(0))
     sizes = parts.counted.sum(-1).sort(0).values
-    assert sizes.T.tolist() == [[1, 1, 2, 2]] * 50 and parts.replicates == 1
+    assert sizes.T.tolist() == [[1, 2, 3, 4]] * 50 and parts.replicates == 1
 
 
 def test_coupled_strata_have_the_law_of_coupled_in_every_row(monkeypatch):

@@ -1,7 +1,9 @@
 """Gradient identities in float64, and each method in the limit where it becomes its neighbour."""
 
 import itertools
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from rspo_lab.advantages import (
 )
 from rspo_lab.estimators import log_ratio_draws
 from rspo_lab.masks.base import Masks
+from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.objectives import (
     METHODS,
     Loss,
@@ -246,6 +249,20 @@ def test_a_method_knows_its_own_hyperparameters():
         own = row.own({"lam", "scope", "residual"})
         assert {key: p.default for key, p in given.items()} == {k: own[k].default for k in own}
         assert all(p.comment for key, p in given.items() if key != "score_unit"), name
+
+
+def test_the_page_of_methods_names_all_methods_and_what_goes_with_them():
+    page = (Path(__file__).parent.parent / "docs/methods.md").read_text()
+    table = page[page.index("## All methods") :]
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \| (.*) \| (\d+) \|.*\|$", table, re.M)
+    assert [name for name, *_ in rows] == list(METHODS)
+    for name, score_of, advantage, updates in rows:
+        row = METHODS[name]
+        design = re.match(r"`(.*)`, (\d+)", score_of)
+        said = (design[1], int(design[2])) if design else ("path", 1)
+        assert said == (row.design, row.views) and int(updates) == row.inner_steps, name
+        assert row.advantage == advantage.split(",")[0] or advantage == "none", name
+    assert set(DESIGNS) == {name for name in DESIGNS if f"`{name}`" in page or f"`{name}(" in page}
 
 
 def test_bad_input_is_refused():

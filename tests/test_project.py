@@ -98,7 +98,6 @@ LIGHT = {
     "--help": 0,
     "run notebooks/02_train.ipynb --list": 0,
     "run notebooks/02_train.ipynb -p stepz 3": 2,
-    "sweep notebooks/studies/study.yaml --dry-run": 0,
 }
 
 

@@ -132,7 +132,9 @@ def written(folder: Path, config: dict, *rates: float) -> Path:
     """A training run's files: `rates` at steps 0, 2, 4 ...; per step 3 forwards and 2 s."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(
-        json.dumps({"seed": 0, "task": "sudoku", "eval_problems": 10} | config)
+        json.dumps(
+            {"seed": 0, "task": "sudoku", "eval_problems": 10, "max_grad_norm": 1.0} | config
+        )
     )
     records = [{"step": 0, "eval_solve_rate": rates[0], "d_mean": 0.0}]
     for i, rate in enumerate(rates[1:]):
@@ -170,6 +172,45 @@ def test_comparison_table_by_hand(tmp_path):
         b["final over the first, points"] == "+15.0 [-48.5, +78.5]"
         and b["forwards per completion"] == "6"
         and b["update s"] == "4"
+    )
+
+
+def test_calibration_by_hand(tmp_path):
+    """Five steps: windows of two.  Of the first two gap / target is 1 and 0.5, of the last two 0.2
+    and 0.4; three of the five gradients are longer than the limit.
+    """
+    path = written(tmp_path / "a", {"max_grad_norm": 2.0}, 0.5)
+    columns = {
+        "gap_rms": [10.0, 5.0, 9.0, 1.0, 2.0],
+        "target_rms": [10.0, 10.0, 9.0, 5.0, 5.0],
+        "target_correlation": [None, 0.5, 0.0, 0.1, 0.3],
+        "calibration_ratio": [0.0, 0.0, 0.0, 0.2, 0.4],
+        "sign_flips": [0.0, 0.0, 0.9, 0.1, 0.2],
+        "gradient_norm": [3.0, 2.0, 1.0, 2.5, 9.0],
+    }
+    steps = pd.DataFrame(columns).to_dict("records")
+    lines = [json.dumps({"step": 0})] + [
+        json.dumps({"step": i + 1} | s) for i, s in enumerate(steps)
+    ]
+    (path / "metrics.jsonl").write_text(
+        "".join(line + "\n" for line in lines).replace("NaN", "null")
+    )
+    assert comparison.calibration(path) == pytest.approx(
+        {
+            "gap / target, first": 0.75,
+            "gap / target, last": 0.3,
+            "correlation, first": 0.5,
+            "correlation, last": 0.2,
+            "λ sd(d̂) / sd(A), last": 0.3,
+            "flips, last": 0.15,
+            "clipped": 0.6,
+        }
+    )
+    plain = written(tmp_path / "b", {"seed": 1}, 0.5, 0.6)  # a method that logs none of it
+    both, alone = comparison.calibration_table({"x": [path, path], "y": [plain]}).to_dict("records")
+    assert both["gap / target, last"] == "0.300 [0.300, 0.300]" and both["seeds"] == "2"
+    assert alone == {"variant": "y", "task": "sudoku", "seeds": "1"} | dict.fromkeys(
+        list(both)[3:], ""
     )
 
 

@@ -22,7 +22,7 @@ from rspo_lab.sweeps import sweep as module
 from rspo_lab.sweeps.jobs import InProcess, NotebookJob
 from rspo_lab.sweeps.progress import SweepProgress
 from rspo_lab.sweeps.resources import resources
-from rspo_lab.sweeps.study import Point, Study, grid_study, grid_values
+from rspo_lab.sweeps.study import NOTEBOOKS, Point, Study, grid_study, grid_values
 from rspo_lab.sweeps.sweep import plan, summary, sweep
 
 COUNTING = """import json, os, time
@@ -318,6 +318,17 @@ def test_dry_run_lists_and_runs_nothing(notebook, tmp_path, capsys):
         and "estimated cost: unknown" in said
     )
     assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_says_which_trainings_cannot_run_and_why(tmp_path, capsys):
+    notebook = str(NOTEBOOKS / "02_train.ipynb")
+    words = ["--grid", "design=count,coupled", "views=2,3", "--dry-run", "--runs", str(tmp_path)]
+    assert main(["sweep", notebook, *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (wrong,) = [i for i, line in enumerate(lines) if "cannot run: " in line]
+    assert lines[wrong - 1].startswith("02_train design=coupled views=3: waiting")
+    assert "come in pairs: views must be even, not 3" in lines[wrong]
+    assert lines[-2] == "1 point of these cannot run" and "4 points in" in lines[-3]
 
 
 def test_gpus_that_are_hidden_are_not_taken(monkeypatch):

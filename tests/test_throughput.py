@@ -1,6 +1,7 @@
 """The benchmark: FLOP and memory counted by hand, both paths equal, a path without memory."""
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from rspo_lab.batch import Batch
 from rspo_lab.figures.throughput import throughput_figure
 from rspo_lab.masks.published import count
 from rspo_lab.measure import naive, throughput
-from rspo_lab.measure.cost import LiveTensors, flop, peak_bytes
+from rspo_lab.measure.cost import AdapterMemory, LiveTensors, flop, peak_bytes
 from rspo_lab.measure.naive import NaiveLM, naive_generate
-from rspo_lab.models.adapters import add_lora
+from rspo_lab.models.adapters import LORA_TARGETS, add_lora
 from rspo_lab.random_streams import generator
 
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 WIDTH = 32
 FFN = 48
 VOCAB = 3000
@@ -233,3 +235,61 @@ def test_bfloat16_is_made_in_bfloat16_and_scores():
     logp = model(batch, batch.valid)
     plain = NaiveLM(model.hf, model.tokenizer)(batch, batch.valid)
     assert torch.isfinite(logp).all() and torch.allclose(logp, plain, atol=0.05)
+
+
+@pytest.mark.parametrize("preset", LORA_TARGETS)
+def test_activations_of_an_update_are_those_that_autograd_keeps(preset):
+    """Per token, from batches of 1 and 2 sequences; weights counted on the model itself."""
+    shape = {"width": 64, "layers": 2, "heads": 4, "ffn": 96, "vocab": 300}
+    model = throughput.random_model(**shape, positions=16, seed=0, dtype=torch.bfloat16)
+    memory = AdapterMemory(**shape, rank=8, targets=LORA_TARGETS[preset])
+    assert memory.frozen == sum(p.numel() for p in model.parameters())
+    add_lora(model, preset, rank=8, alpha=8.0, seed=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert memory.adapters == trained
+    one, two, three = (_kept(model, rows) for rows in (1, 2, 3))
+    assert two - one == three - two
+    head_and_ids = two - one - 16 * memory.kept_per_token
+    few = AdapterMemory(**shape | {"layers": 1}, rank=8, targets=LORA_TARGETS[preset])
+    model = throughput.random_model(
+        **shape | {"layers": 1}, positions=16, seed=0, dtype=torch.bfloat16
+    )
+    add_lora(model, preset, rank=8, alpha=8.0, seed=0)
+    assert _kept(model, 2) - _kept(model, 1) == 16 * few.kept_per_token + head_and_ids
+
+
+def _kept(model, rows):
+    """Bytes that autograd keeps for the backward of a forward, weights left out."""
+    batch = throughput.random_batch(model, rows, 8, 8, generator=generator(0, "batch"))
+    weights = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(batch, torch.ones_like(batch.valid))
+    assert output.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize(
+    "file, preset",
+    [(f"studies/llada8b_{task}.yaml", "d1") for task in ("countdown", "gsm8k", "math", "sudoku")]
+    + [("06_throughput.ipynb", "all-linear")],
+)
+def test_what_a_card_takes_is_what_the_arithmetic_says(file, preset):
+    """LLaDA-8B, 456 tokens per sequence, by slices of 1, 4, 8 and 16 sequences."""
+    shape = {"width": 4096, "layers": 32, "heads": 32, "ffn": 12288, "vocab": 126464}
+    targets = LORA_TARGETS[preset]
+    text = (NOTEBOOKS / file).read_text()
+    memory = AdapterMemory(**shape, rank=128, targets=targets)
+    assert ", ".join(f"{memory.gib(456 * n):.1f}" for n in (1, 4, 8, 16)) in text
+    small = AdapterMemory(**shape, rank=16, targets=targets)
+    assert f"{small.gib(456):.1f}" in text
+    card = {24: 24e9 / 2**30, 48: 48e9 / 2**30, 80: 80e9 / 2**30}
+    assert small.gib(456) < card[24] and memory.gib(456 * 8) < card[48]
+    assert memory.gib(456 * 16) < card[80]

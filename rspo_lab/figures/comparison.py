@@ -31,7 +31,7 @@ COSTS = {
 
 
 def learning_figure(variants: dict[str, list[pd.DataFrame]], problems: dict[str, int]) -> Figure:
-    """Solve rate and mean ELBO log-ratio on policy against the step, one line per variant.
+    """Solve rate and mean of d on policy against the step, one line per variant.
 
     variants: the histories of the seeds of each.  Both are means over seeds with their 95 %
     Student interval; the rate of a single seed has a Wilson interval over the variant's `problems`.
@@ -48,7 +48,7 @@ def learning_figure(variants: dict[str, list[pd.DataFrame]], problems: dict[str,
             _draw_means(right, d, style)
         left.set(xlabel="step", title="Held-out solve rate, greedy", ylim=_within(left))
         right.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
-        right.set(xlabel="step", title="Mean ELBO log-ratio on policy, nats")
+        right.set(xlabel="step", title="Mean of d on policy, nats")
         if max(map(abs, right.get_ylim())) > 5:  # one of them came apart
             right.set_yscale("symlog")
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2)

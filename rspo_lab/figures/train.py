@@ -1,6 +1,8 @@
 """Figures of notebook 02: one training run, step by step and completion by completion.
 
-Records or frames in, a Figure out; no files.  Log-ratios in nats, in the unit of the run's lam.
+Records or frames in, a Figure out; no files.  d in nats, in the unit of the run's lam: what the
+run's objective holds against its target, the ELBO log-ratio to the reference, or with
+use_reference=False the ELBO itself.
 """
 
 import numpy as np
@@ -22,7 +24,7 @@ from rspo_lab.figures.style import (
 
 
 def training_figure(history: list[dict]) -> Figure:
-    """Six panels of one run: reward, mean ELBO log-ratio, gap, mask noise, correction, gradient.
+    """Six panels of one run: reward, mean of d, gap, mask noise, correction, gradient.
 
     history: the records of metrics.jsonl.  Pale: every step; line: running mean over 9 steps.
     """
@@ -34,7 +36,7 @@ def training_figure(history: list[dict]) -> Figure:
         reward.set(title="Reward, solve rate", ylim=(0, 1))
         draw_column(mean_d, frame, "d_mean", POLICY, "d", smooth=True)
         mean_d.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
-        mean_d.set(title="Mean ELBO log-ratio d\non policy, nats")
+        mean_d.set(title="Mean of d on policy, nats")
         _draw_gap(gap, frame)
         draw_column(noise, frame, "mask_sd", POLICY, "mask noise", smooth=True)
         noise.set(title="Sd of d over masks, nats", xlabel="step", ylim=(0, None))
@@ -92,6 +94,6 @@ def pairs_figure(completions: pd.DataFrame) -> Figure:
             if target["target"].notna().any():
                 style = {"color": INK, "linewidth": 0.8, "linestyle": "--", "label": "target A/λ"}
                 axis.plot(target["advantage"], target["target"], **style)
-        first.set(ylabel="centred ELBO log-ratio d̂, nats", ylim=limits)
+        first.set(ylabel="centred d̂, nats", ylim=limits)
         first.legend()
     return figure

@@ -7,13 +7,16 @@ import gc
 import math
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from rspo_lab.models.vocabulary_head import CHUNK
 
 CPU_ATTENTION = {  # torch's counter knows only the kernels of GPUs
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: (
@@ -23,6 +26,58 @@ CPU_ATTENTION = {  # torch's counter knows only the kernels of GPUs
         sdpa_backward_flop_count(*shapes[:4])
     ),
 }
+
+
+@dataclass(frozen=True)
+class AdapterMemory:
+    """The memory of an update of LoRA adapters on a Llama in half precision, by arithmetic.
+
+    width of a state, ffn of the gated layer, vocab: ids; targets: the adapted matrices, by name, as
+    in `models.adapters.LORA_TARGETS`.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    ffn: int
+    vocab: int
+    rank: int
+    targets: Collection[str]
+
+    @property
+    def frozen(self) -> int:
+        """Weights without adapters: four square matrices and three of the gated layer per layer,
+        embedding and head, norms.
+        """
+        layer = 4 * self.width**2 + 3 * self.width * self.ffn + 2 * self.width
+        return self.layers * layer + 2 * self.vocab * self.width + self.width
+
+    @property
+    def adapters(self) -> int:
+        """Weights of the adapters, rank x (width in + width out) per matrix."""
+        gated = ("gate_proj", "up_proj", "down_proj")
+        ends = [self.width + (self.ffn if t in gated else self.width) for t in self.targets]
+        return self.layers * self.rank * sum(ends)
+
+    @property
+    def kept_per_token(self) -> int:
+        """Bytes of activations per token, from the forward to the backward of a slice.
+
+        20 width + 6 ffn, + 2 ffn for an adapted down_proj, + 2 rank per matrix, + 4 per head, + 8.
+        """
+        down = 2 if "down_proj" in self.targets else 0
+        layer = 20 * self.width + (6 + down) * self.ffn + 2 * self.rank * len(self.targets)
+        return self.layers * (layer + 4 * self.heads + 8)
+
+    def gib(self, tokens: int) -> float:
+        """The peak of an update in slices of so many tokens, P + L of each sequence, GiB.
+
+        2 bytes per frozen weight; 18 per adapter: weight, gradient and two moments in float32, a
+        copy in half precision; activations; 14 per logit of the head's largest piece.  What the
+        device itself needs and what lies unused between tensors comes on top.
+        """
+        weights = 2 * self.frozen + 18 * self.adapters
+        return (weights + tokens * self.kept_per_token + 14 * CHUNK) / 2**30
 
 
 def flop(run: Callable[[], object]) -> int:

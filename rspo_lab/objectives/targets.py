@@ -60,7 +60,8 @@ def gdsd(
     arXiv:2605.29398, as coded.)  The cut acts on the sum, so what has moved by more has no gradient
     of the first term, and psi A u is far beyond it: the square acts as a line of slope -2 psi A / u
     with a hard end.  As stated (clip = 0) it is a regression.  Its variant of centred logits (TLC)
-    needs whole rows of logits and is left out.
+    needs whole rows of logits and is left out; the reference, which follows the policy there, is
+    frozen.
     """
     used = e.valid.sum(1).to(e.policy)
     change = moved(e)

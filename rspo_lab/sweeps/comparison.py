@@ -4,6 +4,7 @@ A variant is all runs that differ in nothing but the seed (and the task, which t
 Rates are of greedy completions of held-out problems, in %.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,15 @@ from rspo_lab.statistics import mean_interval, rate_interval, stratified_bootstr
 
 FORWARDS = "forwards per completion"
 OVER_FIRST = "over the first, points"
+CALIBRATED = (  # columns of metrics.jsonl that `calibration` reads; a method may log fewer
+    "gap_rms",
+    "target_rms",
+    "target_correlation",
+    "calibration_ratio",
+    "sign_flips",
+    "gradient_norm",
+)
+WINDOW = 20  # steps at the start and end of a run that a calibration is the mean of
 
 
 def evaluation_curve(path: Path) -> pd.DataFrame:
@@ -170,6 +180,58 @@ def _all_tasks(name: str, tasks: Sequence[SeedCurves]) -> dict[str, str | int]:
     if min(map(len, finals)) > 1:
         row["final, bootstrap"] = bounds(*drawn[1:])
     return row
+
+
+def calibration(path: Path) -> dict[str, float]:
+    """How a run's estimate stood to its target, first and last, NaN where that is not defined.
+
+    Means over the first and the last WINDOW steps of metrics.jsonl; clipped is over all of them.
+    """
+    steps = [record for record in read_jsonl(path / "metrics.jsonl") if record["step"] > 0]
+    frame = pd.DataFrame(steps).reindex(columns=list(CALIBRATED)).astype(float)
+    frame["gap / target"] = frame["gap_rms"] / frame["target_rms"]
+    window = max(1, min(WINDOW, len(frame) // 2))
+    first = frame.iloc[:window].mean()
+    last = frame.iloc[-window:].mean()
+    limit = read_json(path / "config.json")["max_grad_norm"]
+    return {
+        "gap / target, first": first["gap / target"],
+        "gap / target, last": last["gap / target"],
+        "correlation, first": first["target_correlation"],
+        "correlation, last": last["target_correlation"],
+        "λ sd(d̂) / sd(A), last": last["calibration_ratio"],
+        "flips, last": last["sign_flips"],
+        "clipped": (frame["gradient_norm"].dropna() > limit).mean(),
+    }
+
+
+def calibration_table(variants: dict[str, list[Path]]) -> pd.DataFrame:
+    """One row per (variant, task): the means over seeds of `calibration`, with 95 % Student.
+
+    Empty cells where a quantity is not defined, such as the gap of a run without a target.
+    """
+    rows = []
+    for name, paths in variants.items():
+        tasks: dict[str, list[dict[str, float]]] = {}
+        for path in paths:
+            task = read_json(path / "config.json")["task"]
+            tasks.setdefault(task, []).append(calibration(path))
+        for task, runs in tasks.items():
+            row = {"variant": name, "task": task, "seeds": str(len(runs))}
+            for column in runs[0]:
+                row[column] = _mean_cell([run[column] for run in runs])
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _mean_cell(values: list[float]) -> str:
+    """The mean over seeds with its interval where there are several; "" if one is not defined."""
+    if any(math.isnan(value) for value in values):
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    mean, low, high = mean_interval(values)
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def response(variants: dict[str, list[Path]]) -> tuple[str, pd.DataFrame] | None:

@@ -129,6 +129,11 @@ class SweepProgress:
         return [*table, ", ".join(f"{n} {state}" for state, n in counts.items())]
 
 
+def counted(n: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def table(frame: "DataFrame") -> str:
     """Runs (of `load_runs`) in columns, with the parameters in which runs of one name differ."""
     own = ["name", "key", "state", "progress"]

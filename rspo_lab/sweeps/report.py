@@ -24,25 +24,32 @@ from rspo_lab.sweeps import page
 from rspo_lab.sweeps.comparison import (
     FORWARDS,
     OVER_FIRST,
+    WINDOW,
+    calibration_table,
     comparison_table,
     evaluation_curve,
     response,
 )
+from rspo_lab.sweeps.progress import counted
 
 RESULTS = ["task", "policy", "design", "views", "cost", "quantity", "value", "stderr"]
 BOUNDS = ["low", "high"]  # that results of older versions have not
+D = (
+    "d: the ELBO log-ratio to the reference, not that of the sampler that made the completions; "
+    "with use_reference=False the ELBO itself."
+)
 CAPTIONS = {
-    "training": "Training. Left to right: reward and held-out solve rate; mean ELBO log-ratio d on "
-    "policy; target, gap and spread of d; mask noise; how much λ corrects; gradient norm. "
-    "Pale: every step; line: running mean of 9.",
-    "pairs": "Centred ELBO log-ratio against advantage, one point per completion; "
-    "the dashed line is the target.",
+    "training": "Training. Left to right: reward and held-out solve rate; mean of d on policy; "
+    "target, gap and spread of d; mask noise; how much λ corrects; gradient norm. "
+    f"Pale: every step; line: running mean of 9. {D}",
+    "pairs": "Centred d against advantage, one point per completion; "
+    f"the dashed line is the target. {D}",
     "variance": "Variance of score, d and RSPO gradient by mask design and cost; "
     "whiskers 95 % Monte-Carlo; dashed: 1/K from count.",
     "profile": "Noise of one view of d by how many tokens it hides.",
     "learning": "Left: greedy held-out solve rate, mean over seeds; bars: 95 % Student over seeds, "
-    "of a single seed Wilson over the problems. Right: mean ELBO log-ratio on policy, running mean "
-    "of 9 steps; band: 95 % Student over seeds.",
+    "of a single seed Wilson over the problems. Right: mean of d on policy, running mean of 9 "
+    f"steps; band: 95 % Student over seeds. {D}",
     "cost": "Held-out solve rate against steps, scoring forwards per completion (of all "
     "models; a backward counts as two) and seconds of updates; mean over seeds; bars as for "
     "learning.",
@@ -65,6 +72,13 @@ other intervals are Student's, or Wilson's over the problems where there is one 
 <i>forwards</i>: of scoring, per completion, of all models; a backward counts as two.  Equal machine
 and packages give equal bits; others round differently, which training amplifies, so that single
 curves move by some points: compare means over seeds."""
+CALIBRATION = f"""How far the estimate gets to its target, and what bounds a step; the mean over a
+run's first and last {WINDOW} steps (half of them, if there are fewer than {2 * WINDOW}), then over
+seeds with 95 % Student.  <i>gap / target</i>: their rms over completions, 1 where nothing of the
+target is reached; no target at λ = 0.  <i>correlation</i>: of the centred estimate d̂ with target or
+advantage.  <i>λ sd(d̂) / sd(A)</i>: far below 1, λ corrects nothing.  <i>flips</i>: completions that
+λ turns against their advantage.  <i>clipped</i>: steps, of all, whose gradient is longer than
+max_grad_norm: there its length says nothing of the gap."""
 SHORT = {
     "mean over evaluations, %": "mean, %",
     f"final {OVER_FIRST}": "Δ final",
@@ -110,7 +124,7 @@ def report(root: Path) -> Path:
     states = ", ".join(f"{n} {state}" for state, n in counts.items())
     finished = [entry for entry in entries if entry.state == "done"]
     parts = [
-        f"<p>{len(entries)} runs: {states}.</p>",
+        f"<p>{counted(len(entries), 'run')}: {states}.</p>",
         *_failures([entry for entry in entries if entry.state in ("failed", "dead", "stopped")]),
         "<h2>What was run</h2>",
         page.table(_what_ran(entries)),
@@ -211,6 +225,9 @@ def _learning(root: Path, entries: Sequence[Entry]) -> list[str]:
         return []
     table = comparison_table(variants)
     parts = ["<h2>Learning</h2>", f"<p>{NOTE}</p>", page.table(table.rename(columns=SHORT))]
+    calibration = calibration_table(variants)
+    calibration.to_csv(root / "figures" / "calibration.csv", index=False)
+    parts += ["<h2>Calibration</h2>", f"<p>{CALIBRATION}</p>", page.table(calibration)]
     if len(set(table["task"])) > 1:
         return parts
     problems = {

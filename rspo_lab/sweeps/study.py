@@ -16,6 +16,7 @@ from rspo_lab.runs.parameters import ParameterError, complete, declared, settle
 from rspo_lab.runs.run import run_path
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+TRAINING = "02_train.ipynb"  # the notebook whose parameters are a TrainConfig
 SCALES = ("cpu", "gpu")
 _KEYS = {"notebook", "parameters", "grid", "minutes", "gpu"}
 

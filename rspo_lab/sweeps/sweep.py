@@ -13,10 +13,10 @@ from rspo_lab.runs.files import write_json
 from rspo_lab.runs.interrupts import terminable
 from rspo_lab.runs.parameters import complete, declared
 from rspo_lab.sweeps.local import run_locally
-from rspo_lab.sweeps.progress import SweepProgress
+from rspo_lab.sweeps.progress import SweepProgress, counted
 from rspo_lab.sweeps.resources import Resources
 from rspo_lab.sweeps.slurm import run_on_slurm
-from rspo_lab.sweeps.study import Study
+from rspo_lab.sweeps.study import TRAINING, Point, Study
 
 STATES = ("done", "failed", "stopped", "dead", "waiting", "running")
 
@@ -38,7 +38,7 @@ def sweep(
     progress = SweepProgress(study.points, say)
     left = [point for point in study.points if progress.state(point) != "done"]
     done = len(study.points) - len(left)
-    say(f"{len(study.points)} points in {root}: {done} done, {len(left)} to run")
+    say(f"{counted(len(study.points), 'point')} in {root}: {done} done, {len(left)} to run")
     try:
         if left:
             with terminable():
@@ -65,16 +65,22 @@ def _with_errors(
 
 
 def plan(study: Study, root: Path, on: Resources) -> str:
-    """The points, how they stand, and what those left would cost."""
+    """The points, how they stand, which of those left cannot run, and what they would cost."""
     progress = SweepProgress(study.points, print)
     states = {point.path: progress.state(point) for point in study.points}
     left = [point for point in study.points if states[point.path] != "done"]
     waves = len({point.wave for point in left})
+    wrong = {point.path: why for point in left if (why := _why_not(point))}
     lines = [f"{progress.label(p)}: {states[p.path]}  {p.path}" for p in study.points]
+    for i, point in enumerate(study.points):
+        if point.path in wrong:
+            lines[i] += f"\n  cannot run: {wrong[point.path]}"
     lines.append(
-        f"{len(study.points)} points in {root}, "
-        f"{len(left)} to run in {waves} waves on {on.slots} slots"
+        f"{counted(len(study.points), 'point')} in {root}, "
+        f"{len(left)} to run in {counted(waves, 'wave')} on {counted(on.slots, 'slot')}"
     )
+    if wrong:
+        lines.append(f"{counted(len(wrong), 'point')} of these cannot run")
     if not left:
         lines.append("nothing to pay")
     elif cost := study.cost(on.slots, left):
@@ -87,8 +93,21 @@ def plan(study: Study, root: Path, on: Resources) -> str:
     return "\n".join(lines)
 
 
+def _why_not(point: Point) -> str:
+    """What a training's configuration says against the point's parameters; "" if nothing."""
+    if point.notebook.name != TRAINING:
+        return ""
+    from rspo_lab.config import TrainConfig
+
+    try:
+        TrainConfig(**complete(declared(point.notebook), point.given))
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+    return ""
+
+
 def summary(states: dict[Path, str]) -> str:
     """The last line: how many points are in which state."""
     counts = Counter(states.values())
     parts = [f"{counts[state]} {state}" for state in STATES if counts[state]]
-    return f"{len(states)} points: {', '.join(parts)}"
+    return f"{counted(len(states), 'point')}: {', '.join(parts)}"
