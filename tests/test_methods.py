@@ -18,7 +18,14 @@ def run(method, lr, seed, *, rates=(0.5, 0.5), tuned_on=0.5, **others):
         **{"task": "sudoku", "model": "base", "method": method, "variant": "", "lr": lr},
         **{"seed": seed, "tuning": tuning, "diverged": False, "tuned_on": tuned_on, "step": 100},
         **{"final": True, "design": "count", "completions": 1000.0, "scored": 4.0, "decoded": 6.0},
-        **{"seconds": 40.0, "greedy": greedy, "sampled": greedy, "pass_8": 0.6, "distinct_8": 0.7},
+        **{
+            "updates": 1,
+            "seconds": 40.0,
+            "greedy": greedy,
+            "sampled": greedy,
+            "pass_8": 0.6,
+            "distinct_8": 0.7,
+        },
         **{"kl_sampler": 1.0, "random_order_ratio": 0.5},
     }
     for name in ("greedy", "sampled"):
@@ -162,6 +169,33 @@ def test_runs_of_the_command_line_are_compared(tmp_path, capsys, monkeypatch):
     assert frame.loc[frame["seed"] == 0, "torch"].notna().all()
     assert main(["compare", str(file)]) == 0
     assert capsys.readouterr().out == said
+
+
+@pytest.mark.slow
+def test_a_base_that_was_trained_on_is_compared_with_its_base(tmp_path, monkeypatch):
+    from rspo_lab.measure import outcome
+    from rspo_lab.models.loading import find, load
+    from rspo_lab.runs.run import open_run
+
+    monkeypatch.setattr(outcome, "PROBLEMS", 6)
+    monkeypatch.setattr(outcome, "EXACT", 2)
+    words = "-p model base-countdown -p task countdown -p steps 1 -p prompts 2 -p group 4"
+    train = f"train --run {tmp_path}/a/b {words} -p eval_problems 4 -p device cpu -p warmup 0"
+    assert main(train.split()) == 0
+    given = {"task": "countdown", "start": "base-countdown", "steps": 9, "lr": 0.1, "seed": 3}
+    trained_on = open_run(tmp_path / "base" / "key", given)
+    load("base-countdown", device="cpu").save(trained_on.path / "model")
+    trained_on.finish()
+    assert find(trained_on.path) == trained_on.path / "model"
+    frame = methods.collect([tmp_path])
+    row = frame[frame["method"] == "supervised"].iloc[0]
+    assert row[["task", "model", "lr", "seed", "step"]].tolist() == [
+        *("countdown", "base-countdown", 0.1, 3, 9)
+    ]
+    assert row["kl_sampler"] == 0 and row["greedy"] == frame["greedy"].iloc[0]
+    table = methods.methods_table(frame).set_index("method")
+    assert table.loc["supervised", "over base"] == "+0.0 [+0.0, +0.0]"
+    assert table.loc["supervised", "forwards"] == ""
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):

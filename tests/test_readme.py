@@ -159,7 +159,7 @@ def test_links_and_files_are_there(page):
 
 def test_notebooks_of_the_readme_are_there():
     names = re.findall(r"^\| (\d\d_\w+|explore) \|", README, re.M)
-    assert len(names) == 6
+    assert len(names) == 7
     for name in names:
         assert (ROOT / "notebooks" / f"{name}.ipynb").is_file(), name
 

@@ -49,17 +49,42 @@ def outcome(folder: str | Path) -> pd.DataFrame:
     """
     folder = Path(folder)
     steps = read_config(folder).snapshot_steps
+    kept = _kept(folder, steps)
+    if kept is not None:
+        return kept
+    run = trained_run(folder)
+    base = run.policy(0)
+    return _keep(
+        folder,
+        [
+            {"step": step, "final": step == steps[-1]}
+            | policy_outcome(run.config, run.policy(step), base, last=step == steps[-1])
+            for step in steps
+        ],
+    )
+
+
+def supervised_outcome(folder: Path, *, start: str, task: str, steps: int) -> pd.DataFrame:
+    """The same of what a run of notebook 01 made of the base `start`: one row, its last policy."""
+    kept = _kept(folder, [steps])
+    if kept is not None:
+        return kept
+    config = TrainConfig(model=start, task=task)
+    model, base = load_model(config, folder), load_model(config, start)
+    row = policy_outcome(config, model, base, last=True)
+    return _keep(folder, [{"step": steps, "final": True} | row])
+
+
+def _kept(folder: Path, steps: list[int]) -> pd.DataFrame | None:
+    """What `_keep` wrote, if it has these steps and the columns of today."""
     if (folder / FILE).is_file():
         kept = pd.read_parquet(folder / FILE)
         if kept["step"].tolist() == steps and set(COLUMNS) == set(kept):
             return kept
-    run = trained_run(folder)
-    base = run.policy(0)
-    rows = [
-        {"step": step, "final": step == steps[-1]}
-        | policy_outcome(run.config, run.policy(step), base, last=step == steps[-1])
-        for step in steps
-    ]
+    return None
+
+
+def _keep(folder: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=COLUMNS)
     with replacing(folder / FILE) as new:
         frame.to_parquet(new)

@@ -101,9 +101,10 @@ def _read_weights(
 def find(name: str | Path) -> str | Path:
     """The folder of a checkpoint if there is one, else what can only be a hub name, "owner/model".
 
-    Raises FileNotFoundError for a name that is neither.
+    The run folder of notebook 01 stands for the base in its `model`.  Raises FileNotFoundError for
+    a name that is neither.
     """
-    for folder in (Path(name), DATA / name):
+    for folder in (Path(name), Path(name) / "model", DATA / name):
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return folder
     if Path(name).is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from rspo_lab.config import TrainConfig, read_config
-from rspo_lab.measure.outcome import base_outcome, outcome
+from rspo_lab.measure.outcome import base_outcome, outcome, supervised_outcome
 from rspo_lab.models.loading import DATA
 from rspo_lab.runs.files import read_json, read_jsonl
 from rspo_lab.runs.parameters import flat
@@ -36,14 +36,15 @@ UNSEEN = {
 def collect(folders: Sequence[Path]) -> pd.DataFrame:
     """All training runs below the folders that ended, and their bases: one row per saved policy.
 
-    task, model (the base), method, design (of its masks), variant (where it differs from its
-    method's tuning runs), lr, seed, tuning, diverged; the columns of `outcome`, missing for tuning
-    runs and for those that diverged, which have one row each; tuned_on: mean of a run's last two
-    held-out evaluations, what a rate is chosen by; completions: how many it took to solve GAIN more
-    than the base, by straight lines between evaluations, NaN if it never did; scored, decoded:
-    forwards per completion of scoring (all models, a backward counts as two) and of the rollout;
-    seconds: of all steps; torch, transformers, device, commit: where it was run.  Runs that did not
-    end are left out.  ValueError if there is none.
+    task, model (the base), method, design (of its masks), updates (per rollout), variant (where it
+    differs from its method's tuning runs), lr, seed, tuning, diverged; the columns of `outcome`,
+    missing for tuning runs and for those that diverged, which have one row each; tuned_on: mean of
+    a run's last two held-out evaluations, what a rate is chosen by; completions: how many it took
+    to solve GAIN more than the base, by straight lines between evaluations, NaN if it never did;
+    scored, decoded: forwards per completion of scoring (all models, a backward counts as two) and
+    of the rollout; seconds: of all steps; torch, transformers, device, commit: where it was run.  A
+    base that notebook 01 trained on is the method "supervised".  Runs that did not end are left
+    out.  ValueError if there is none.
     """
     frames = []
     bases: dict[tuple[str, str], pd.DataFrame] = {}
@@ -52,7 +53,7 @@ def collect(folders: Sequence[Path]) -> pd.DataFrame:
     for path, config, diverged in ended:
         row = _run_row(path, config, usual[config.task, config.model, config.objective])
         row["diverged"] = diverged
-        place = (config.task, Path(config.model).name)
+        place = (config.task, _base_name(config.model))
         if row["tuning"] or diverged:
             frames.append(pd.DataFrame([row | {"step": config.steps, "final": True}]))
         else:
@@ -60,7 +61,8 @@ def collect(folders: Sequence[Path]) -> pd.DataFrame:
         if place not in bases:
             who = {"task": config.task, "model": place[1], "method": BASE, "variant": ""}
             bases[place] = base_outcome(config).assign(**who, tuning=False, diverged=False)
-    if not frames:
+    frames += [row for folder in folders for row in _supervised(Path(folder))]
+    if not bases:
         raise ValueError(f"no training run that ended in {', '.join(map(str, folders))}")
     return pd.concat([*bases.values(), *frames], ignore_index=True)
 
@@ -75,6 +77,27 @@ def _ended(folder: Path) -> list[tuple[Path, TrainConfig, bool]]:
         if (path / "metrics.jsonl").is_file() and (status.get("state") == "done" or diverged):
             runs.append((path, read_config(path), diverged))
     return runs
+
+
+def _supervised(folder: Path) -> list[pd.DataFrame]:
+    """The row of every run of notebook 01 below a folder that trained a base on."""
+    frames = []
+    found = load_runs(folder)
+    for path in map(Path, found["path"] if len(found) else ()):
+        params = read_json(path / "params.json")
+        if params.get("start") and read_json(path / "status.json").get("state") == "done":
+            task, start, steps = params["task"], params["start"], params["steps"]
+            row = {"task": task, "model": _base_name(start), "method": "supervised", "variant": ""}
+            row |= {name: params[name] for name in ("lr", "seed")} | _source(path)
+            frame = supervised_outcome(path, start=start, task=task, steps=steps)
+            frames.append(frame.assign(**row, tuning=False, diverged=False))
+    return frames
+
+
+def _base_name(model: str) -> str:
+    """What a base is called: its folder's name, of a run of notebook 01 the run's."""
+    folder = Path(model)
+    return folder.parent.name if (folder / "model").is_dir() else folder.name
 
 
 def _usual(runs: Sequence[tuple[Path, TrainConfig, bool]]) -> dict[tuple, dict[str, Any]]:
@@ -93,13 +116,12 @@ def _run_row(path: Path, config: TrainConfig, usual: dict[str, Any]) -> dict[str
     curve = evaluation_curve(path)
     records = pd.DataFrame(read_jsonl(path / "metrics.jsonl")[1:])
     timing = pd.DataFrame(read_jsonl(path / "timing.jsonl"))
-    source = read_json(path / "provenance.json")
-    versions = source.get("versions", {})
     return {
         "task": config.task,
-        "model": Path(config.model).name,
+        "model": _base_name(config.model),
         "method": config.objective,
         "design": config.design,
+        "updates": config.inner_steps,
         "variant": ", ".join(f"{k} = {own[k]}" for k in other),
         "lr": config.lr,
         "seed": config.seed,
@@ -109,6 +131,15 @@ def _run_row(path: Path, config: TrainConfig, usual: dict[str, Any]) -> dict[str
         "scored": records["forwards"].mean(),
         "decoded": records["decoding_forwards"].mean(),
         "seconds": timing[["rollout_s", "update_s"]].sum().sum(),
+        **_source(path),
+    }
+
+
+def _source(path: Path) -> dict[str, Any]:
+    """Where a run was made: versions, device, commit (+: the source differed from it)."""
+    source = read_json(path / "provenance.json")
+    versions = source.get("versions", {})
+    return {
         "torch": versions.get("torch"),
         "transformers": versions.get("transformers"),
         "device": source.get("device"),
@@ -201,7 +232,9 @@ def _method_row(key: tuple[str, str], group: pd.DataFrame, first: dict[str, Any]
     for name, column in (("greedy", "greedy"), ("T = 1", "sampled")):
         row[f"{name}, %"] = _percent(crossed_interval(*_clusters(alive, column)))
     for name, other in first.items():
-        if other is not None and key != (name, "") and key[0] != BASE:
+        if other is None or key == (name, "") or key[0] == BASE:
+            continue
+        if name == BASE or set(alive["seed"]) & set(other["seed"]):
             *difference, pairs = paired(alive, other)
             few = f" (n = {pairs})" if pairs < len(alive) else ""
             row[f"over {name}"] = _percent(difference, sign="+") + few
@@ -211,10 +244,12 @@ def _method_row(key: tuple[str, str], group: pd.DataFrame, first: dict[str, Any]
         return row
     row["KL, nats"] = _over_seeds(alive["kl_sampler"].tolist())
     row["random order"] = f"{alive['random_order_ratio'].mean():.2f}"
-    reached = group["completions"].fillna(np.inf).median() / 1000
-    row["completions, k"] = f"{reached:.1f}" if np.isfinite(reached) else "> all"
-    row["forwards"] = f"{group['decoded'].mean():.1f} + {group['scored'].mean():.1f}"
-    row["seconds"] = f"{group['seconds'].mean():.0f}"
+    if group["scored"].notna().any():  # it has rollouts
+        reached = group["completions"].fillna(np.inf).median() / 1000
+        row["completions, k"] = f"{reached:.1f}" if np.isfinite(reached) else "> all"
+        row["updates"] = f"{group['updates'].iloc[0]:.0f}"
+        row["forwards"] = f"{group['decoded'].mean():.1f} + {group['scored'].mean():.1f}"
+        row["seconds"] = f"{group['seconds'].mean():.0f}"
     return row
 
 
