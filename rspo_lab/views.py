@@ -16,8 +16,7 @@ from rspo_lab.masks.base import Masks
 from rspo_lab.masks.designs import design, on_path, path_design
 from rspo_lab.path_score import StepLogp
 from rspo_lab.random_streams import generator
-from rspo_lab.rollouts import Rollouts
-from rspo_lab.sampler_law import Sampler
+from rspo_lab.rollouts import Rollouts, sampler_of
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,7 @@ def scorer(config: TrainConfig, model: Denoiser, length: int) -> Denoiser:
     """
     if config.path_score == "tokens":
         return model
-    sampler = Sampler(
-        temperature=config.temperature,
-        threshold=config.threshold,
-        block=config.block or length,
-        steps=config.decode_steps or length,
-    )
-    return StepLogp(model, sampler)
+    return StepLogp(model, sampler_of(config, length))
 
 
 def draw_masks(
