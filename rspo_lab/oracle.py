@@ -167,22 +167,36 @@ def sampler_logp(
 def exact_likelihoods(
     model: Any, batch: Batch, written: Bool[Tensor, "B L"], sampler: Sampler
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ELBO, random-order log p, `sampler_logp`), each (B,), by `exact_scores` and that.
+    """(ELBO, random-order log p, `sampler_logp`), each (B,), with as few passes as `exact_tables`.
+
+    model: a denoiser that has `conditionals`.  Errors as `sampler_logp`.
+    """
+    tables, logp = exact_tables(model, batch, written, sampler)
+    elbo = torch.stack([table_elbo(table) for table in tables])
+    random_order = torch.stack([table_logp(table) for table in tables])
+    return elbo, random_order, logp
+
+
+def exact_tables(
+    model: Any, batch: Batch, written: Bool[Tensor, "B L"], sampler: Sampler
+) -> tuple[list[Float[Tensor, "S u"]], Float[Tensor, " B"]]:
+    """(`subset_tables`, `sampler_logp`).
 
     From one pass over the hidden sets where these are the same: one block, and all that is written
     is valid.  model: a denoiser that has `conditionals`.  Errors as `sampler_logp`.
     """
     if sampler.block < written.shape[1] or not written.equal(batch.valid):
         logp = sampler_logp(model.conditionals, batch, written, sampler)
-        return *exact_scores(model, batch), logp
+        return subset_tables(model, batch), logp
     distinct, which = replace(batch, step=None, surprisal=None).distinct()
     quotas = sampler.quotas(distinct.valid).T.tolist()
-    values = []
+    tables = []
+    logp = []
     for row, quota in enumerate(quotas):
         law, table = _block_law(model.conditionals, distinct.rows([row]), 0, sampler, 256)
-        values.append(torch.stack([table_elbo(table), table_logp(table), _block_logp(law, quota)]))
-    elbo, random_order, logp = torch.stack(values, 1)
-    return elbo[which], random_order[which], logp[which]
+        tables.append(table)
+        logp.append(_block_logp(law, quota))
+    return [tables[i] for i in which.tolist()], torch.stack(logp)[which]
 
 
 def _block_law(

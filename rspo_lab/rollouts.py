@@ -41,6 +41,12 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.batch)
 
+    def without_paths(self) -> "Rollouts":
+        """The same, where equal completions are one however they were written."""
+        batch = replace(self.batch, step=None, surprisal=None)
+        distinct, which = batch.distinct()
+        return replace(self, batch=batch, distinct=distinct, which=which)
+
 
 def roll_out(
     config: TrainConfig,

@@ -103,6 +103,7 @@ def test_points_agree_with_the_gap_measured_without_tables(root, measured):
         "advantage",
         "d",
         "d_exact",
+        "sampler_log_ratio",
         "d_hat",
         "target",
         "gap",
@@ -362,6 +363,11 @@ def test_figure_rings_the_chosen_views_and_problem(measured):
     ):
         figure = panels_figure(["first"], [curve], [points.assign(**changed)], selection)
         assert note in figure.axes[2].get_title()
+    means = figure.axes[1].texts[0].get_text()
+    assert f"sampler's log-ratio {points['sampler_log_ratio'].mean():.2f} nats" in means
+    unknown = points.assign(sampler_log_ratio=float("nan"))
+    figure = panels_figure(["first"], [curve], [unknown], selection)
+    assert "sampler" not in figure.axes[1].texts[0].get_text()
 
 
 def test_figure_of_the_reference_itself_has_no_noise_of_d(root):

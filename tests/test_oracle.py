@@ -17,7 +17,9 @@ from rspo_lab.oracle import (
     exact_likelihoods,
     exact_logp,
     exact_scores,
+    exact_tables,
     sampler_logp,
+    subset_tables,
 )
 from rspo_lab.sampler import generate
 from rspo_lab.sampler_law import Sampler
@@ -311,5 +313,8 @@ def test_all_likelihoods_from_one_pass(small, sampler, rows):
     written = torch.ones_like(batch.valid)
     elbo, logp, ours = exact_likelihoods(small.policy, batch, written, sampler)
     assert torch.allclose(torch.stack([elbo, logp]), torch.stack(exact_scores(small.policy, batch)))
+    tables, _ = exact_tables(small.policy, batch, written, sampler)
+    for table, plain in zip(tables, subset_tables(small.policy, batch), strict=True):
+        assert torch.allclose(table, plain)
     expected = sampler_logp(small.policy.conditionals, batch, written, sampler)
     assert torch.allclose(ours, expected)

@@ -104,6 +104,10 @@ def _draw_targets(axis: Axes, part: pd.DataFrame, problem: int) -> None:
     identity_line(axis)
     r = correlation(*torch.tensor(part[["d_hat", "target"]].to_numpy()).T)
     axis.set_title("Target A/λ, nats" + ("" if r is None else f" (r = {r:.2f})"))
+    elbo, sampler = part["d_exact"].mean(), part["sampler_log_ratio"].mean()
+    note = f"mean exact ELBO ratio {elbo:.2f}\nsampler's log-ratio {sampler:.2f} nats"
+    place = {"transform": axis.transAxes, "va": "bottom", "fontsize": 5.5, "color": INK}
+    axis.text(0.03, 0.03, note if pd.notna(sampler) else note.splitlines()[0] + " nats", **place)
 
 
 def _draw_weights(axis: Axes, part: pd.DataFrame, problem: int) -> None:

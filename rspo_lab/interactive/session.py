@@ -7,12 +7,14 @@ tokens.  Nats, nats^2.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rspo_lab.batch import Batch
 from rspo_lab.config import TrainConfig
 from rspo_lab.decoding import complete, rewards
 from rspo_lab.masks.designs import DESIGNS
@@ -20,10 +22,10 @@ from rspo_lab.masks.designs import design as design_named
 from rspo_lab.measure.score_noise import TABLED, table_anova, table_estimates
 from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.objectives import in_unit, relative_score
-from rspo_lab.oracle import subset_tables, table_elbo
+from rspo_lab.oracle import MOST_SAMPLED, exact_tables, subset_tables, table_elbo
 from rspo_lab.policies import load_trained, trained_run
 from rspo_lab.random_streams import generator
-from rspo_lab.rollouts import Rollouts, fixed_rollouts
+from rspo_lab.rollouts import Rollouts, fixed_rollouts, sampler_of
 from rspo_lab.runs.files import read_json
 from rspo_lab.statistics import variance_se
 from rspo_lab.tasks import task as task_named
@@ -61,6 +63,7 @@ class MeasuredPolicy:
     rollouts: Rollouts
     policy_tables: list[Float[Tensor, "S u"]]  # `oracle.subset_tables`, one per distinct completion
     reference_tables: list[Float[Tensor, "S u"]]
+    sampler_log_ratio: Float[Tensor, " U"]  # exact, of the sampler that made the rollouts; or NaN
 
     def tables(self, quantity: str) -> list[Float[Tensor, "S u"]]:
         """Of the policy's score, or of d = policy - reference on shared masks."""
@@ -134,15 +137,20 @@ def measure_policy(
     """
     trained = load_trained(folder, step)
     config = replace(trained.config, group=group)
-    rollouts = fixed_rollouts(config, trained.policy, prompts=prompts, group=group, seed=seed)
+    on_paths = fixed_rollouts(
+        config, trained.policy, prompts=prompts, group=group, seed=seed, paths=True
+    )
+    rollouts = on_paths.without_paths()
     if (longest := int(rollouts.distinct.valid.sum(1).max())) > TABLED:
         raise ValueError(
             f"{run}: {longest} tokens are too many to tabulate all masks of (at most {TABLED}): "
             "notebook 03 measures them"
         )
+    order = rollouts.which.tolist()
+    first = [order.index(row) for row in range(len(rollouts.distinct))]
     with torch.no_grad():
-        policy_tables = subset_tables(trained.policy, rollouts.distinct)
-        reference_tables = subset_tables(trained.reference, rollouts.distinct)
+        policy_tables, logp = _tables(config, trained.policy, on_paths.batch.rows(first))
+        reference_tables, base_logp = _tables(config, trained.reference, on_paths.batch.rows(first))
     return MeasuredPolicy(
         run,
         step,
@@ -151,7 +159,22 @@ def measure_policy(
         rollouts,
         [table.cpu() for table in policy_tables],
         [table.cpu() for table in reference_tables],
+        (logp - base_logp).cpu(),
     )
+
+
+def _tables(
+    config: TrainConfig, model: Any, batch: Batch
+) -> tuple[list[Float[Tensor, "S u"]], Float[Tensor, " U"]]:
+    """(`oracle.subset_tables`, `oracle.sampler_logp`) of completions that carry their steps.
+
+    NaN for the sampler's of all where one is too long for it.
+    """
+    written = batch.step >= 0  # pyright: ignore[reportOptionalOperand]
+    plain = replace(batch, step=None, surprisal=None)
+    if int(written.sum(1).max()) > MOST_SAMPLED:
+        return subset_tables(model, plain), torch.full((len(batch),), torch.nan)
+    return exact_tables(model, plain, written, sampler_of(config, written.shape[1]))
 
 
 def variance_curve(
@@ -187,9 +210,10 @@ def gap_points(
     """One row per completion: what RSPO makes of the estimate of its ELBO log-ratio.
 
     Columns: problem, reward, advantage A, d (on `views` masks, which equal completions share),
-    d_exact = E d, and from `objectives.relative_score` d_hat, target, gap, weight and flipped,
-    centred over these completions with the run's own scope, in the run's own unit; d and d_exact
-    are nats of the whole completion.
+    d_exact = E d, sampler_log_ratio (exact, of the sampler that made the completions; NaN beyond
+    MOST_SAMPLED tokens), and from `objectives.relative_score` d_hat, target, gap, weight and
+    flipped, centred over these completions with the run's own scope, in the run's own unit; d,
+    d_exact and sampler_log_ratio are nats of the whole completion.
 
     ValueError for lam <= 0 and for a number of views that the design cannot make.
     """
@@ -212,6 +236,7 @@ def gap_points(
         "advantage": advantage,
         "d": d,
         "d_exact": torch.stack([table_elbo(table) for table in tables])[which],
+        "sampler_log_ratio": measured.sampler_log_ratio.double()[which],
         "d_hat": terms.estimate,
         "target": terms.target,
         "gap": terms.gap,
