@@ -130,7 +130,8 @@ def forced_path(
     hidden = written.clone()
     for n in range(blocks * each):
         here = place == n // each
-        for row in (hidden & here).any(1).nonzero()[:, 0].split(slice_size):
+        open_rows = (hidden & here).any(1).nonzero()[:, 0]
+        for row in open_rows.split(slice_size) if len(open_rows) else ():
             some = batch.rows(row)
             logp = model.conditionals(some, hidden[row]).double()
             law = step_law(logp, some.completion, hidden[row] & here, sampler)
