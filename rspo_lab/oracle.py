@@ -149,7 +149,8 @@ def sampler_logp(
     A gradient flows through the conditionals.  Raises ValueError for more than MOST_SAMPLED written
     positions in a block.
     """
-    distinct, which = replace(batch, valid=written).distinct()
+    whole = replace(batch, valid=written, step=None, surprisal=None)  # the path does not matter
+    distinct, which = whole.distinct()
     logp = []
     for row in range(len(distinct)):
         one = distinct.rows([row])

@@ -12,6 +12,7 @@ each the path of its own: the rollout's for the policy that made it, and for the
 that it would take if its draws were y's tokens (`forced_path`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,6 +111,7 @@ def forced_path(
     written: Bool[Tensor, "B L"],
     sampler: Sampler,
     *,
+    choose: Callable[[StepLaw, Tensor], Tensor] = StepLaw.forced,
     slice_size: int = 2048,
 ) -> tuple[Int[Tensor, "B L"], Float[Tensor, " B"]]:
     """(the step that writes each token, -1 if it stood there before; the path's agreement, nats).
@@ -119,7 +121,8 @@ def forced_path(
     write only tokens of y.  One forward per state; they follow each other, so equal rows should be
     given once.
 
-    model: has `conditionals`.  written: the positions that were masked at the start.
+    model: has `conditionals`.  written: the positions that were masked at the start.  choose(law,
+    quota): another rule for what a step keeps, bool (n, L).
     """
     blocks = written.shape[1] // sampler.block
     each = sampler.block_steps(written.shape[1])
@@ -135,7 +138,7 @@ def forced_path(
             some = batch.rows(row)
             logp = model.conditionals(some, hidden[row]).double()
             law = step_law(logp, some.completion, hidden[row] & here, sampler)
-            kept = law.forced(quota[n, row])
+            kept = choose(law, quota[n, row])
             agreement[row] += law.agreement(quota[n, row])
             step[row] = step[row].masked_fill(kept, n)
             hidden[row] &= ~kept

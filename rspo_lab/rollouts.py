@@ -42,9 +42,16 @@ class Rollouts:
 
 
 def roll_out(
-    config: TrainConfig, policy: DiffusionLM, problems: list, generator: torch.Generator
+    config: TrainConfig,
+    policy: DiffusionLM,
+    problems: list,
+    generator: torch.Generator,
+    *,
+    paths: bool = False,
 ) -> Rollouts:
     """`config.group` sampled completions per problem, their verified rewards and their advantages.
+
+    They carry their steps if the run's design asks for them, or `paths` does.
 
     With zero_variance = "skip" the groups whose rewards agree are left out; the record counts them.
     Losses and centres are then means over the rows that are left, so the gradient is larger by the
@@ -52,7 +59,7 @@ def roll_out(
     """
     examples = [problem for problem in problems for _ in range(config.group)]
     batch, rollout, reward = _verified(config, policy, examples, generator)
-    if on_path(config.design):
+    if paths or on_path(config.design):
         batch = replace(batch, step=rollout.step, surprisal=-rollout.confidence.log())
     advantage = ADVANTAGES[config.advantage](reward, config.group)
     silent = uninformative(reward, config.group)
@@ -134,16 +141,25 @@ def _verified(
 
 
 def fixed_rollouts(
-    config: TrainConfig, policy: DiffusionLM, *, prompts: int, group: int, seed: int
+    config: TrainConfig,
+    policy: DiffusionLM,
+    *,
+    prompts: int,
+    group: int,
+    seed: int,
+    paths: bool = False,
 ) -> Rollouts:
-    """Rollouts of training problems for measurements: the same problems for every policy."""
+    """Rollouts of training problems for measurements: the same problems for every policy.
+
+    paths: they carry their steps.
+    """
     config = replace(config, group=group, zero_variance="keep")
     task = task_named(config.task)
     if config.data:
         problems = task.read(config.data, prompts)
     else:
         problems = task.examples("train", prompts, seed=seed)
-    return roll_out(config, policy, problems, generator(seed, "held still"))
+    return roll_out(config, policy, problems, generator(seed, "held still"), paths=paths)
 
 
 def text_format(config: TrainConfig) -> dict[str, Any]:
