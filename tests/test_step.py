@@ -324,11 +324,11 @@ def test_the_record_reads_d_as_the_method_does(monkeypatch):
         with torch.no_grad():
             seen = evidence(rollouts, views, token_logps(policy, rollouts.distinct, views.masks))
         optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
-        record, _, d = update(chosen, policy, optimizer, rollouts, views, 1)
+        _, said, d = update(chosen, policy, optimizer, rollouts, views, 1)
         read = log_ratio(seen) if "objective" in way else score(seen)
         assert torch.allclose(d, read.mean(0), atol=1e-4)
         weight = relative_score(read, seen.advantage, lam=0.5).weight.mean(0)
-        assert record["weight_rms"] == pytest.approx(weight.square().mean().sqrt().item(), rel=1e-4)
+        assert said["weight_rms"] == pytest.approx(weight.square().mean().sqrt().item(), rel=1e-4)
 
 
 def test_old_is_there_for_those_who_ask_only():
