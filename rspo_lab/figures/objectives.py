@@ -50,7 +50,7 @@ def objectives_figure(rates: pd.DataFrame, frontier: pd.DataFrame) -> Figure:
                 above.tick_params(axis="y", labelleft=False)
             below = figure.add_subplot(grid[1, column])
             _draw_frontier(below, frontier[frontier["task"] == task])
-            below.set_xlabel("KL(policy, base) of the sampler, nats")
+            below.set_xlabel("KL of the sampler from the base, nats")
             if not column:
                 below.set_ylabel("solve rate of samples, %")
         _legend(figure, sorted(set(map(family, rates["design"].dropna()))))

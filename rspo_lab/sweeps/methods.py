@@ -343,7 +343,9 @@ def _labelled(frame: pd.DataFrame, *, final: bool) -> list[tuple[tuple[str, str]
     rows = reported(frame)
     if final:
         rows = rows[rows["final"].astype(bool) | (rows["method"] == BASE)]
-    variant = rows["variant"].where(rows["variant"] == "", ", " + rows["variant"])
+    several = rows.groupby("method")["variant"].transform("nunique") > 1
+    named = several & (rows["variant"] != "")
+    variant = (", " + rows["variant"]).where(named, "")
     rows = rows.assign(label=rows["method"] + variant)
     return list(rows.groupby(["task", "label"], sort=False))  # pyright: ignore[reportReturnType]
 
