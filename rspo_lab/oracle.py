@@ -16,6 +16,7 @@ The sampler that makes completions decodes in another order, so it has another l
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -156,20 +157,41 @@ def sampler_logp(
         one = distinct.rows([row])
         quotas = sampler.quotas(one.valid)[:, 0].view(-1, sampler.block_steps(written.shape[1]))
         blocks = [
-            _block_logp(_block_law(conditionals, one, b, sampler, slice_size), quota.tolist())
+            _block_logp(_block_law(conditionals, one, b, sampler, slice_size)[0], quota.tolist())
             for b, quota in enumerate(quotas)
         ]
         logp.append(torch.stack(blocks).sum())
     return torch.stack(logp)[which]
 
 
+def exact_likelihoods(
+    model: Any, batch: Batch, written: Bool[Tensor, "B L"], sampler: Sampler
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ELBO, random-order log p, `sampler_logp`), each (B,), by `exact_scores` and that.
+
+    From one pass over the hidden sets where these are the same: one block, and all that is written
+    is valid.  model: a denoiser that has `conditionals`.  Errors as `sampler_logp`.
+    """
+    if sampler.block < written.shape[1] or not written.equal(batch.valid):
+        logp = sampler_logp(model.conditionals, batch, written, sampler)
+        return *exact_scores(model, batch), logp
+    distinct, which = replace(batch, step=None, surprisal=None).distinct()
+    quotas = sampler.quotas(distinct.valid).T.tolist()
+    values = []
+    for row, quota in enumerate(quotas):
+        law, table = _block_law(model.conditionals, distinct.rows([row]), 0, sampler, 256)
+        values.append(torch.stack([table_elbo(table), table_logp(table), _block_logp(law, quota)]))
+    elbo, random_order, logp = torch.stack(values, 1)
+    return elbo[which], random_order[which], logp[which]
+
+
 def _block_law(
     conditionals: Conditionals, one: Batch, block: int, sampler: Sampler, slice_size: int
-) -> StepLaw:
-    """The law of a step in each of the 2^m states of a block of one row, by its m written tokens.
+) -> tuple[StepLaw, Float[Tensor, "S m"]]:
+    """(the law of a step, the tokens' log-probs as `subset_table` has them) of one row's block.
 
-    Bit j of the index: the j-th of them is hidden.  What comes before the block stands written,
-    what comes after is hidden.
+    In each of the 2^m states by its m written tokens; bit j of the index: the j-th of them is
+    hidden.  What comes before the block stands written, what comes after is hidden.
     """
     place = torch.arange(one.valid.shape[1], device=one.valid.device) // sampler.block
     where = (one.valid[0] & (place == block)).nonzero()[:, 0]
@@ -179,13 +201,17 @@ def _block_law(
             f"{MOST_SAMPLED} written tokens per block, not {len(where)}"
         )
     laws = []
+    table = []
     for part in _subsets(len(where)).to(where.device).split(slice_size):
         hidden = (one.valid & (place > block)).repeat(len(part), 1)
         hidden[:, where] = part
         copies = one.rows(torch.zeros(len(part), dtype=torch.long, device=where.device))
         logp = conditionals(copies, hidden)[:, where].double()
-        laws.append(step_law(logp, copies.completion[:, where], part, sampler))
-    return StepLaw(*(torch.cat(parts) for parts in zip(*(vars(law).values() for law in laws))))
+        target = copies.completion[:, where]
+        laws.append(step_law(logp, target, part, sampler))
+        table.append(logp.gather(-1, target[..., None])[..., 0].where(part, 0.0))
+    law = StepLaw(*(torch.cat(parts) for parts in zip(*(vars(law).values() for law in laws))))
+    return law, torch.cat(table)
 
 
 def _block_logp(law: StepLaw, quotas: list[int]) -> Float[Tensor, ""]:

@@ -13,6 +13,7 @@ that it would take if its draws were y's tokens (`forced_path`).
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rspo_lab.batch import Batch
+from rspo_lab.estimators import elbo_draws
+from rspo_lab.masks.path import path
 from rspo_lab.sampler_law import Sampler, StepLaw, step_law
 
 
@@ -79,6 +82,37 @@ class StepAgreement(nn.Module):
         law, written, quota = path_law(self.model, self.sampler, batch, hidden)
         first = written & (written.cumsum(1) == 1)
         return law.agreement(quota)[:, None].where(first, 0.0)
+
+
+@torch.no_grad()
+def agreement_log_ratio(
+    policy: Any, reference: Any, batch: Batch, sampler: Sampler, *, slice_size: int = 2048
+) -> Float[Tensor, " B"]:
+    """An estimate of the sampler's log-ratio of policy to reference, each on a path of its own.
+
+    The agreement along the rollout's path under the policy that made it, less that along the
+    reference's forced path.  Not unbiased.  batch: the policy's rollouts, which carry their steps.
+    """
+    if batch.step is None or batch.surprisal is None:
+        raise ValueError("agreement needs rollouts that carry their steps")
+    written = batch.step >= 0
+    distinct, which = batch.distinct()
+    masks = path(
+        distinct.step.cpu() >= 0,
+        distinct.step.cpu(),
+        distinct.surprisal.cpu(),
+        1,
+        generator=torch.Generator(),
+    )
+    own = elbo_draws(
+        StepAgreement(policy, sampler),
+        distinct,
+        replace(masks, scored=None),
+        slice_size=slice_size,
+    )
+    pathless, same = replace(batch, step=None, surprisal=None, valid=written).distinct()
+    _, forced = forced_path(reference, pathless, pathless.valid, sampler, slice_size=slice_size)
+    return own.mean(0)[which].double() - forced[same]
 
 
 def path_law(

@@ -18,6 +18,7 @@ from rspo_lab.masks.designs import on_path
 from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.random_streams import generator
 from rspo_lab.sampler import Rollout
+from rspo_lab.sampler_law import Sampler
 from rspo_lab.tasks import task as task_named
 
 
@@ -160,6 +161,16 @@ def fixed_rollouts(
     else:
         problems = task.examples("train", prompts, seed=seed)
     return roll_out(config, policy, problems, generator(seed, "held still"), paths=paths)
+
+
+def sampler_of(config: TrainConfig, length: int) -> Sampler:
+    """What rollouts of completions of `length` tokens are drawn by."""
+    return Sampler(
+        temperature=config.temperature,
+        threshold=config.threshold,
+        block=config.block or length,
+        steps=config.decode_steps or length,
+    )
 
 
 def text_format(config: TrainConfig) -> dict[str, Any]:

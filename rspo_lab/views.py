@@ -16,8 +16,7 @@ from rspo_lab.masks.base import Masks
 from rspo_lab.masks.designs import design, on_path, path_design
 from rspo_lab.path_score import StepAgreement, StepLogp, forced_path
 from rspo_lab.random_streams import generator
-from rspo_lab.rollouts import Rollouts
-from rspo_lab.sampler_law import Sampler
+from rspo_lab.rollouts import Rollouts, sampler_of
 
 
 @dataclass(frozen=True)
@@ -111,16 +110,6 @@ def scorer(config: TrainConfig, model: Denoiser, length: int) -> Denoiser:
         return model
     law = {"choice": StepLogp, "agreement": StepAgreement}[config.path_score]
     return law(model, sampler_of(config, length))
-
-
-def sampler_of(config: TrainConfig, length: int) -> Sampler:
-    """The law of a run's rollouts, of completions of `length` tokens."""
-    return Sampler(
-        temperature=config.temperature,
-        threshold=config.threshold,
-        block=config.block or length,
-        steps=config.decode_steps or length,
-    )
 
 
 def draw_masks(

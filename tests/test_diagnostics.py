@@ -212,6 +212,8 @@ def test_gap_table_by_hand():
             "d": [0.0, 1.0, 2.0, 3.0],
             "d_exact": [0.0, 2.0, 4.0, 6.0],
             "random_order_log_ratio": [3.0, 2.0, 1.0, 0.0],
+            "sampler_log_ratio": [0.0, 1.0, 1.0, 0.0],
+            "agreement_log_ratio": [1.0, 2.0, 2.0, 1.0],
             "elbo_gap": [0.1, 0.4, 0.1, 0.2],
             "target": [2.0, -2.0, 0.0, 0.0],
             "gap": [3.5, -1.5, -0.5, -1.5],
@@ -228,13 +230,16 @@ def test_gap_table_by_hand():
         17**0.5 / 2
     )
     assert row["elbo_gap_not_solved"] == 0.4 and row["elbo_gap_solved"] == pytest.approx(0.4 / 3)
-    assert row["mean_random_order"] == 1.5
+    assert row["mean_random_order"] == 1.5 == row["mean_agreement"]
+    assert row["mean_sampler"] == 0.5 and row["r_agreement_sampler"] == pytest.approx(1)
+    assert row["r_elbo_sampler"] == pytest.approx(0) == row["r_random_sampler"]
     assert row["mean_d_exact_low"] <= row["mean_d_exact"] == 3 <= row["mean_d_exact_high"]
 
 
 def test_gap_table_without_movement_or_advantage_has_no_correlation_and_no_flips():
-    columns = ["d", "d_exact", "random_order_log_ratio", "advantage", "target", "gap", "reward"]
-    samples = pd.DataFrame(0.0, index=range(4), columns=[*columns, "elbo_gap"])
+    columns = ["d", "d_exact", "random_order_log_ratio", "sampler_log_ratio", "agreement_log_ratio"]
+    columns += ["advantage", "target", "gap", "reward", "elbo_gap"]
+    samples = pd.DataFrame(0.0, index=range(4), columns=columns)
     samples = samples.assign(step=0, problem=[0, 0, 1, 1], flipped=False, flipped_exact=False)
     (row,) = gap_table(samples, seed=0, resamples=5).to_dict("records")
     for name in ("slope", "r_estimate", "r_random_order", "r_estimate_low", "flips", "flips_exact"):

@@ -15,13 +15,16 @@ from rspo_lab.config import TrainConfig
 from rspo_lab.estimators import elbo_draws, log_ratio_draws, token_logps
 from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.measure import gradient_noise, score_noise
-from rspo_lab.measure.gap import gap_samples, through_training
+from rspo_lab.measure.gap import exact_values, gap_samples, through_training
 from rspo_lab.measure.gradient_noise import gradient_rows, method_config, rollout_noise, scheme
+from rspo_lab.measure.sampler_score import path_values
 from rspo_lab.measure.score_noise import score_rows, table_anova, table_estimates
 from rspo_lab.objectives import METHODS, Loss, Method, relative_score, score
-from rspo_lab.oracle import count_moments, exact_elbo, exact_scores, subset_tables
+from rspo_lab.oracle import count_moments, exact_elbo, exact_scores, sampler_logp, subset_tables
+from rspo_lab.path_score import forced_path
 from rspo_lab.policies import trained_run
 from rspo_lab.rollouts import Rollouts
+from rspo_lab.sampler_law import Sampler
 from rspo_lab.update import evidence, views_of_updates
 
 
@@ -414,15 +417,45 @@ def test_reliability_and_exact_correlation_of_score_rows(small):
 
 
 def test_gap_samples_are_exact_where_they_say_so(small):
+    """The sampler's log-ratio counts what was written behind the end, too."""
+    sampler = Sampler(1.0, 0.5, 4, 4)
+    step = torch.tensor([[0, 1, 2, 3], [1, 0, 0, 2], [2, 1, 0, 0]])
+    batch = replace(small.batch, step=step, surprisal=torch.ones(3, 4))
     frame = gap_samples(
-        small.policy, small.reference, small.batch, design="count", views=2000, seed=0
+        small.policy, small.reference, batch, sampler, design="count", views=2000, seed=0
     )
     elbo, logp = exact_scores(small.policy, small.batch)
+    written = torch.ones_like(small.batch.valid)
+    own, other = (
+        sampler_logp(model.conditionals, small.batch, written, sampler)
+        for model in (small.policy, small.reference)
+    )
+    assert frame["sampler_log_ratio"].tolist() == pytest.approx((own - other).tolist())
+    along = path_values(small.policy, batch, sampler)[0]["agreement"]
+    forced = forced_path(small.reference, batch, written, sampler)[1]
+    assert frame["agreement_log_ratio"].tolist() == pytest.approx((along - forced).tolist())
     base, base_logp = exact_scores(small.reference, small.batch)
     assert frame["d_exact"].tolist() == pytest.approx((elbo - base).tolist())
     assert frame["random_order_log_ratio"].tolist() == pytest.approx((logp - base_logp).tolist())
     assert (frame["elbo_gap"] >= -1e-12).all() and (frame["elbo_gap_reference"] >= -1e-12).all()
     assert (frame["d"] - frame["d_exact"]).abs().max() < 0.3
+    with pytest.raises(ValueError, match="carry their steps"):
+        gap_samples(
+            small.policy, small.reference, small.batch, sampler, design="count", views=2, seed=0
+        )
+
+
+def test_a_samplers_likelihood_out_of_reach_is_not_a_number(small):
+    long = completions([[0] * 12])
+
+    def model(batch, hidden):
+        return hidden.double()
+
+    elbo, _, sampler = exact_values(model, long, long.valid, Sampler(1.0, 0.5, 12, 12))
+    assert elbo.isfinite().all() and sampler.isnan().all()
+    full = small.batch.rows([0, 1])
+    _, _, blocks = exact_values(small.policy, full, full.valid, Sampler(1.0, 0.5, 2, 4))
+    assert blocks.isfinite().all()
 
 
 def test_conditional_likelihood_of_open_tokens_sums_to_one(small):

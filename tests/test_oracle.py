@@ -11,7 +11,14 @@ from rspo_lab.batch import Batch
 from rspo_lab.estimators import elbo_draws
 from rspo_lab.masks.published import count
 from rspo_lab.models.loading import tiny
-from rspo_lab.oracle import count_moments, exact_elbo, exact_logp, exact_scores, sampler_logp
+from rspo_lab.oracle import (
+    count_moments,
+    exact_elbo,
+    exact_likelihoods,
+    exact_logp,
+    exact_scores,
+    sampler_logp,
+)
 from rspo_lab.sampler import generate
 from rspo_lab.sampler_law import Sampler
 
@@ -294,3 +301,15 @@ def test_equal_rows_share_and_too_many_written_tokens_are_refused(small):
             torch.ones(1, 12, dtype=torch.bool),
             Sampler(1.0, 1.0, 12, 12),
         )
+
+
+@pytest.mark.parametrize("sampler", [Sampler(0.8, 0.5, 4, 3), Sampler(1.0, 0.5, 2, 4)])
+@pytest.mark.parametrize("rows", [[0, 1, 0], [0, 1, 2]])
+def test_all_likelihoods_from_one_pass(small, sampler, rows):
+    """Or from two, where a row ends early or decodes in blocks."""
+    batch = small.batch.rows(rows)
+    written = torch.ones_like(batch.valid)
+    elbo, logp, ours = exact_likelihoods(small.policy, batch, written, sampler)
+    assert torch.allclose(torch.stack([elbo, logp]), torch.stack(exact_scores(small.policy, batch)))
+    expected = sampler_logp(small.policy.conditionals, batch, written, sampler)
+    assert torch.allclose(ours, expected)

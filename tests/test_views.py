@@ -12,10 +12,10 @@ from rspo_lab.models.loading import load
 from rspo_lab.objectives import log_ratio
 from rspo_lab.path_score import StepAgreement, forced_path
 from rspo_lab.policies import Frozen
-from rspo_lab.rollouts import roll_out
+from rspo_lab.rollouts import roll_out, sampler_of
 from rspo_lab.tasks import sudoku
 from rspo_lab.update import evidence
-from rspo_lab.views import draw_masks, one_level_views, sampler_of
+from rspo_lab.views import draw_masks, one_level_views
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Figures of notebook 04: the estimated log-ratio against its target and against exact values.
 
-Frames in, a Figure out; no files.  Nats.  Of two exact values each label says which it is: the ELBO
-ratio, or the log-ratio of the decoder that unmasks in uniformly random order.
+Frames in, a Figure out; no files.  Nats.  Of the exact values each label says which it is: the ELBO
+ratio, the log-ratio of the decoder that unmasks in uniformly random order, or that of the sampler,
+which made the completions.
 """
 
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from rspo_lab.figures.style import (
     INK,
+    OKABE_ITO,
     PAGE,
     POLICY,
     REFERENCE,
@@ -52,18 +54,31 @@ def gap_figure(samples: pd.DataFrame) -> Figure:
     return figure
 
 
-def exact_figure(samples: pd.DataFrame) -> Figure:
-    """Above: estimate against exact ELBO ratio.  Below: that against the random-order log-ratio.
+AGREEMENT = OKABE_ITO["green"]
+PAIRS = (  # rows of `exact_figure`: (column, label) of x and of y
+    (("d", "estimate d"), ("d_exact", "exact ELBO ratio")),
+    (("d_exact", "exact ELBO ratio"), ("random_order_log_ratio", "exact random-order\nlog-ratio")),
+    (("d_exact", "exact ELBO ratio"), ("sampler_log_ratio", "sampler's exact\nlog-ratio")),
+    (
+        ("agreement_log_ratio", "agreement ratio"),
+        ("sampler_log_ratio", "sampler's exact\nlog-ratio"),
+    ),
+)
 
-    The scatter above is mask noise; that below is what the ELBO leaves out.
+
+def exact_figure(samples: pd.DataFrame) -> Figure:
+    """From above: estimate against exact ELBO ratio; that against the random-order log-ratio, and
+    against the sampler's; the agreement ratio against the sampler's log-ratio.
+
+    The first scatter is mask noise; the next two are what the ELBO leaves out of either decoder's
+    log-ratio; the last is what the agreement ratio leaves out of the sampler's.  A log-ratio that
+    is not known (NaN) has no row.
     """
     steps = sorted(samples["step"].unique())
-    estimate = ("d", "estimate d")
-    elbo = ("d_exact", "exact ELBO ratio")
-    log_ratio = ("random_order_log_ratio", "exact random-order\nlog-ratio")
-    with new_figure(PAGE, 3.4) as figure:
-        rows = figure.subplots(2, len(steps), squeeze=False)
-        for row, (x, x_label), (y, y_label) in zip(rows, (estimate, elbo), (elbo, log_ratio)):
+    pairs = [pair for pair in PAIRS if samples[pair[1][0]].notna().all()]
+    with new_figure(PAGE, 1.6 * len(pairs)) as figure:
+        rows = figure.subplots(len(pairs), len(steps), squeeze=False)
+        for row, ((x, x_label), (y, y_label)) in zip(rows, pairs):
             for axis, step in zip(row, steps):
                 part = samples[samples["step"] == step]
                 scatter_by_reward(axis, part, x, y)
@@ -78,28 +93,63 @@ def exact_figure(samples: pd.DataFrame) -> Figure:
 
 
 def gap_summary_figure(summary: pd.DataFrame) -> Figure:
-    """Through training: ELBO gaps, means of the exact values, and correlations.
+    """Through training: ELBO gaps, means of the log-ratios, and correlations.
 
-    Whiskers: 95 % bootstrap over problems.
+    Whiskers: 95 % bootstrap over problems.  The mean of the sampler's exact log-ratio on its own
+    completions estimates KL(policy, reference).
     """
     with new_figure(PAGE, 2.2) as figure:
-        gaps, means, correlations = figure.subplots(1, 3)
+        gaps, means, elbo, sampler = figure.subplots(1, 4)
         draw_column(gaps, summary, "elbo_gap_solved", POLICY, "solved", marker="o")
         draw_column(gaps, summary, "elbo_gap_not_solved", TARGET, "not solved", marker="^")
         gaps.set(title="Random-order log π\n− ELBO, nats", xlabel="step", ylim=(0, None))
         _draw_interval(means, summary, "mean_d_exact", POLICY, "o", "ELBO ratio")
-        _draw_interval(means, summary, "mean_random_order", TARGET, "^", "random-order log-ratio")
+        _draw_interval(means, summary, "mean_random_order", TARGET, "^", "random order")
+        _draw_interval(means, summary, "mean_sampler", INK, "s", "sampler's: KL")
+        _draw_interval(means, summary, "mean_agreement", AGREEMENT, "v", "agreement")
         means.axhline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
-        means.set(title="Mean exact value\non policy, nats", xlabel="step")
-        _draw_interval(correlations, summary, "r_estimate", POLICY, "o", "estimate d")
-        _draw_interval(
-            correlations, summary, "r_random_order", TARGET, "^", "random-order log-ratio"
-        )
-        correlations.set(
-            title="Correlation with the\nexact ELBO ratio", xlabel="step", ylim=(None, 1.05)
+        means.set(title="Mean log-ratio\non policy, nats", xlabel="step")
+        _draw_interval(elbo, summary, "r_estimate", POLICY, "o", "estimate d")
+        _draw_interval(elbo, summary, "r_random_order", TARGET, "^", "random order")
+        elbo.set(title="Correlation with the\nexact ELBO ratio", xlabel="step", ylim=(None, 1.05))
+        _draw_interval(sampler, summary, "r_elbo_sampler", POLICY, "o", "exact ELBO ratio")
+        _draw_interval(sampler, summary, "r_random_sampler", TARGET, "^", "random order")
+        _draw_interval(sampler, summary, "r_agreement_sampler", AGREEMENT, "v", "agreement")
+        sampler.set(
+            title="Correlation with the\nsampler's exact log-ratio",
+            xlabel="step",
+            ylim=(None, 1.05),
         )
         for axis in figure.axes:
             axis.legend().set_in_layout(False)
+    return figure
+
+
+def score_figure(table: pd.DataFrame) -> Figure:
+    """`sampler_score.score_table` as a dot plot: each score's correlation with the sampler's exact
+    log-ratio against the policy's forwards per completion.
+
+    Whiskers: 95 % bootstrap over problems.
+    """
+    with new_figure(PAGE, 2.6) as figure:
+        axis = figure.subplots()
+        place = np.arange(len(table))[::-1]
+        low = (table["r"] - table["r_low"]).clip(lower=0)
+        high = (table["r_high"] - table["r"]).clip(lower=0)
+        style = {"color": POLICY, "capsize": 1.5, "elinewidth": 0.6, "linestyle": "", "marker": "o"}
+        axis.errorbar(table["r"], place, xerr=[low, high], **style)
+        cost = [
+            f"{name} ({ours:.1f} + {base:.1f})"
+            for name, ours, base in zip(
+                table["score"], table["forwards"], table["reference_forwards"]
+            )
+        ]
+        axis.set_yticks(place, cost)
+        axis.axvline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
+        axis.set(
+            xlabel="correlation of its log-ratio with the sampler's exact log-ratio",
+            title="Score (forwards per completion, policy + reference)",
+        )
     return figure
 
 

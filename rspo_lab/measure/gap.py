@@ -2,55 +2,105 @@
 
 Shapes: B sequences.  Nats.
 
-Three log-ratios of policy to reference meet here: the estimated ELBO ratio d (on a few masks), the
-exact ELBO ratio, which is what d is on average, and the exact random-order log-ratio, that of the
-decoder that unmasks in uniformly random order.  None is that of the sampler that made the
-completions.
+Log-ratios of policy to reference that meet here: the estimated ELBO ratio d (on a few masks); the
+exact ELBO ratio, which is what d is on average; the exact random-order log-ratio, that of the
+decoder that unmasks in uniformly random order; the exact log-ratio of the sampler, the one that
+made the completions (its mean is KL(policy, reference)); and the agreement ratio, an estimate of
+that from the states of a path (`path_score`).
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from rspo_lab.batch import Batch
 from rspo_lab.config import Reading
-from rspo_lab.estimators import Denoiser, log_ratio_draws
+from rspo_lab.estimators import log_ratio_draws
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.objectives import RelativeScore, in_unit, relative_score
-from rspo_lab.oracle import exact_scores
+from rspo_lab.oracle import MOST_SAMPLED, exact_likelihoods, exact_scores
+from rspo_lab.path_score import agreement_log_ratio
 from rspo_lab.policies import TrainedRun
 from rspo_lab.random_streams import generator
-from rspo_lab.rollouts import Rollouts, fixed_rollouts
+from rspo_lab.rollouts import Rollouts, fixed_rollouts, sampler_of
+from rspo_lab.sampler_law import Sampler
 
+# correlations of `gap_table` and the two columns of the samples that each is of
+CORRELATIONS = {
+    "r_estimate": ("d", "d_exact"),
+    "r_random_order": ("d_exact", "random_order_log_ratio"),
+    "r_elbo_sampler": ("d_exact", "sampler_log_ratio"),
+    "r_random_sampler": ("random_order_log_ratio", "sampler_log_ratio"),
+    "r_agreement_sampler": ("agreement_log_ratio", "sampler_log_ratio"),
+}
+MEANS = {
+    "mean_d_exact": "d_exact",
+    "mean_random_order": "random_order_log_ratio",
+    "mean_sampler": "sampler_log_ratio",
+    "mean_agreement": "agreement_log_ratio",
+}
 # columns of `gap_table` that get an interval
-WITH_INTERVAL = ("r_estimate", "r_random_order", "mean_d_exact", "mean_random_order", "elbo_gap")
+WITH_INTERVAL = (*CORRELATIONS, *MEANS, "elbo_gap")
 
 
 @torch.no_grad()
 def gap_samples(
-    policy: Denoiser, reference: Denoiser, batch: Batch, *, design: str, views: int, seed: int
+    policy: Any,
+    reference: Any,
+    batch: Batch,
+    sampler: Sampler,
+    *,
+    design: str,
+    views: int,
+    seed: int,
 ) -> pd.DataFrame:
     """One row per sequence: the estimated and the exact ELBO ratio, and what it stands for.
 
     d: estimated ELBO ratio, on `views` masks; d_exact: exact ELBO_policy - ELBO_reference;
-    random_order_log_ratio: exact log p_policy - log p_reference of random-order decoding; elbo_gap,
-    elbo_gap_reference: log p - ELBO of either model.
+    random_order_log_ratio: exact log p_policy - log p_reference of random-order decoding;
+    sampler_log_ratio: the same of `sampler`, NaN for all if it writes more than MOST_SAMPLED tokens
+    of a block; agreement_log_ratio: its estimate `path_score.agreement_log_ratio`; elbo_gap,
+    elbo_gap_reference: log p - ELBO of either model, random order.
+
+    policy, reference: denoisers that have `conditionals`.  batch: the sampler's rollouts, which
+    carry their steps.
     """
+    if batch.step is None:
+        raise ValueError("the sampler's log-ratio needs rollouts that carry their steps")
+    written = batch.step >= 0
+    agreement = agreement_log_ratio(policy, reference, batch, sampler)
+    batch = replace(batch, step=None, surprisal=None)  # equal completions, whatever their paths
     distinct, which = batch.distinct()  # scored once, as in training
     masks = design_named(design)(distinct.valid.cpu(), views, generator=generator(seed, "gap"))
     d = log_ratio_draws(policy, reference, distinct, masks).mean(0)[which]
-    elbo, logp = exact_scores(policy, batch)
-    base_elbo, base_logp = exact_scores(reference, batch)
+    elbo, logp, of_sampler = exact_values(policy, batch, written, sampler)
+    base_elbo, base_logp, base_of_sampler = exact_values(reference, batch, written, sampler)
     columns = {
         "d": d,
         "d_exact": elbo - base_elbo,
         "random_order_log_ratio": logp - base_logp,
+        "sampler_log_ratio": of_sampler - base_of_sampler,
+        "agreement_log_ratio": agreement,
         "elbo_gap": logp - elbo,
         "elbo_gap_reference": base_logp - base_elbo,
     }
     return pd.DataFrame({name: values.double().cpu().numpy() for name, values in columns.items()})
+
+
+def exact_values(
+    model: Any, batch: Batch, written: Bool[Tensor, "B L"], sampler: Sampler
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`oracle.exact_likelihoods`; NaN for the sampler's of all rows if one is too long for it."""
+    if int(written.unflatten(1, (-1, sampler.block)).sum(2).max()) <= MOST_SAMPLED:
+        return exact_likelihoods(model, batch, written, sampler)
+    elbo, logp = exact_scores(model, batch)
+    return elbo, logp, torch.full_like(elbo, torch.nan)
 
 
 def through_training(
@@ -81,9 +131,12 @@ def through_training(
     frames = []
     for done, step in enumerate(steps, 1):
         policy = run.policy(step)
-        rollouts = fixed_rollouts(run.config, policy, prompts=prompts, group=group, seed=seed)
+        rollouts = fixed_rollouts(
+            run.config, policy, prompts=prompts, group=group, seed=seed, paths=True
+        )
+        sampler = sampler_of(run.config, rollouts.batch.completion.shape[1])
         samples = gap_samples(
-            policy, reference, rollouts.batch, design=design, views=views, seed=seed
+            policy, reference, rollouts.batch, sampler, design=design, views=views, seed=seed
         )
         frames.append(_against_target(samples, rollouts, lam, run.config.reading).assign(step=step))
         on_policy(done, len(steps))
@@ -129,7 +182,10 @@ def gap_table(samples: pd.DataFrame, *, seed: int, resamples: int = 400) -> pd.D
     noise lowers both).
     r_random_order: correlation of the exact ELBO ratio with the exact random-order log-ratio (what
     no mask design can mend).
-    mean_d_exact, mean_random_order: means of these two.
+    r_elbo_sampler, r_random_sampler, r_agreement_sampler: correlations of the exact ELBO ratio, the
+    exact random-order log-ratio and the agreement ratio with the sampler's exact log-ratio.
+    mean_d_exact, mean_random_order, mean_sampler, mean_agreement: means of these; that of the
+    sampler's is KL(policy, reference) of its completions, estimated without bias.
     elbo_gap, elbo_gap_solved, elbo_gap_not_solved: mean log p - ELBO of the policy.
     Columns *_low, *_high: 95 % percentile bootstrap over problems.
     """
@@ -167,16 +223,14 @@ def _gap_row(part: pd.DataFrame) -> dict[str, float]:
         "flips": informed["flipped"].mean(),
         "flips_exact": informed["flipped_exact"].mean(),
         "slope": np.nan,
-        "r_estimate": np.nan,
-        "r_random_order": np.nan,
-        "mean_d_exact": part["d_exact"].mean(),
-        "mean_random_order": part["random_order_log_ratio"].mean(),
         "elbo_gap": part["elbo_gap"].mean(),
         "elbo_gap_solved": part.loc[solved, "elbo_gap"].mean(),
         "elbo_gap_not_solved": part.loc[~solved, "elbo_gap"].mean(),
     }
+    row |= {name: part[column].mean() for name, column in MEANS.items()}
+    for name, (a, b) in CORRELATIONS.items():
+        moves = part[a].std() > 0 and part[b].std() > 0
+        row[name] = part[a].corr(part[b]) if moves else np.nan
     if part["d"].std() > 0 and part["d_exact"].std() > 0:
         row["slope"] = np.polyfit(part["d"], part["d_exact"], 1)[0]
-        row["r_estimate"] = part["d"].corr(part["d_exact"])
-        row["r_random_order"] = part["d_exact"].corr(part["random_order_log_ratio"])
     return row

@@ -22,10 +22,9 @@ from rspo_lab.models.diffusion_lm import DiffusionLM
 from rspo_lab.oracle import exact_scores, sampler_logp
 from rspo_lab.policies import load_model, trained_run
 from rspo_lab.random_streams import generator
-from rspo_lab.rollouts import text_format
+from rspo_lab.rollouts import sampler_of, text_format
 from rspo_lab.runs.files import replacing
 from rspo_lab.sampler import Rollout
-from rspo_lab.sampler_law import Sampler
 from rspo_lab.statistics import pass_at_k
 from rspo_lab.tasks import task as task_named
 
@@ -240,10 +239,7 @@ def _divergence(
     written: Bool[Tensor, "B L"],
 ) -> dict[str, float]:
     """The sampler's exact log-ratio of a few completions: mean and standard error."""
-    length = written.shape[1]
-    sampler = Sampler(
-        config.temperature, config.threshold, config.block or length, config.decode_steps or length
-    )
+    sampler = sampler_of(config, written.shape[1])
     logp, base_logp = (
         sampler_logp(model.conditionals, batch, written, sampler) for model in (policy, base)
     )
