@@ -41,7 +41,7 @@ def objectives_figure(rates: pd.DataFrame, frontier: pd.DataFrame) -> Figure:
     order = [label for label in order if label != "base"]
     height = 0.17 * len(order) + 0.7
     with new_figure(PAGE, height + 2.3) as figure:
-        upper, lower = figure.subfigures(2, 1, height_ratios=(height, 2.0))
+        upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=(height, 2.0)))
         rows = [part.subplots(1, len(tasks), squeeze=False)[0] for part in (upper, lower)]
         for task, above, below in zip(tasks, *rows):
             _draw_rates(above, rates[rates["task"] == task], order)
