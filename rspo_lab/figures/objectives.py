@@ -41,8 +41,9 @@ def objectives_figure(rates: pd.DataFrame, frontier: pd.DataFrame) -> Figure:
     order = [label for label in order if label != "base"]
     height = 0.17 * len(order) + 0.7
     with new_figure(PAGE, height + 2.3) as figure:
-        upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=(height, 2.0)))
-        rows = [part.subplots(1, len(tasks), squeeze=False)[0] for part in (upper, lower)]
+        grid = figure.add_gridspec(2, 1, height_ratios=(height, 2.0))
+        parts = [figure.add_subfigure(grid[row]) for row in range(2)]
+        rows = [part.subplots(1, len(tasks), squeeze=False)[0] for part in parts]
         for task, above, below in zip(tasks, *rows):
             _draw_rates(above, rates[rates["task"] == task], order)
             above.set(title=task.capitalize(), xlabel="held-out solve rate, %")
