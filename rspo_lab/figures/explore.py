@@ -102,7 +102,7 @@ def _draw_targets(axis: Axes, part: pd.DataFrame, problem: int) -> None:
     """Target against estimate: on the line the update would stop."""
     _draw_points(axis, part, "d_hat", "target", problem)
     identity_line(axis)
-    r = correlation(*torch.tensor(part[["d_hat", "target"]].to_numpy()).T)
+    r = correlation(*torch.tensor(part[["d_hat", "target"]].to_numpy(copy=True)).T)
     axis.set_title("Target A/λ, nats" + ("" if r is None else f" (r = {r:.2f})"))
 
 
