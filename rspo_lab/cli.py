@@ -531,7 +531,13 @@ def _report(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from rspo_lab.runs.files import replacing
-    from rspo_lab.sweeps.methods import collect, methods_table, read_comparison, reported
+    from rspo_lab.sweeps.methods import (
+        chosen_rates,
+        collect,
+        methods_table,
+        read_comparison,
+        reported,
+    )
 
     files = [source for source in args.sources if source.suffix == ".parquet"]
     if files and len(args.sources) > 1:
@@ -544,9 +550,12 @@ def _compare(args: argparse.Namespace) -> int:
     if left_out:
         print(f"{left_out} saved policies of runs at other than the chosen rates are left out\n")
     for (task, base), rows in methods_table(frame).groupby(["task", "base"], sort=False):
-        print(
-            f"{task}, from {base}\n{rows.drop(columns=['task', 'base']).to_string(index=False)}\n"
-        )
+        print(f"{task}, from {base}")
+        print(rows.drop(columns=["task", "base"]).to_string(index=False), end="\n\n")
+    rates = chosen_rates(frame)
+    if len(rates):
+        print("learning rates by the mean of the last two evaluations of the tuning seeds, %")
+        print(rates.to_string(index=False))
     return 0
 
 

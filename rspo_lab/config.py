@@ -26,7 +26,7 @@ CHOICES = {
     "scope": ("batch", "group", "none"),
     "residual": ("shared", "leave_one_out"),
     "score_unit": ("sequence", "token"),
-    "path_score": ("tokens", "choice"),
+    "path_score": ("tokens", "choice", "agreement"),
     "zero_variance": ("keep", "skip"),
     "lora": ("none", "all-linear", "d1"),
     "cache": CACHES,
@@ -92,7 +92,7 @@ class TrainConfig:
 
     # masks
     design: str = ""  # of masks.DESIGNS such as bsc(0.5, 0.5), path, auto; "" is the method's
-    path_score: Literal["tokens", "choice"] = "tokens"  # on a path; choice: with the positions' law
+    path_score: Literal["tokens", "choice", "agreement"] = "tokens"  # on a path, see docs/methods
     views: int = 0  # masked views per distinct completion, K; 0 is the method's
     old_views: int = 0  # above 0: d in two levels, its second part on this many views per rollout
     allocate: bool = False  # more views for completions of larger updates, measured on old_views
@@ -194,15 +194,8 @@ class TrainConfig:
                 "old_views splits d = policy - reference in two levels: it needs objective='rspo' "
                 "and use_reference"
             )
-        if self.path_score == "choice" and (not on_path(self.design) or self.cache != "none"):
-            raise ValueError(
-                "path_score='choice' is the law of a rollout's own steps: it needs a design on the "
-                f"path (not {self.design}), and rollouts without a cache (cache='none')"
-            )
-        if self.path_score == "choice" and self.design.startswith("path_merged"):
-            raise ValueError(
-                "path_score='choice' is the law of single steps: path_merged joins some"
-            )
+        if self.path_score != "tokens":
+            self._check_path_score()
         if self.allocate and on_path(self.design):
             raise ValueError("allocate shares out masks of the ELBO: it needs another design")
         if self.allocate and (not self.old_views or self.residual != "shared"):
@@ -221,6 +214,22 @@ class TrainConfig:
             raise ValueError(
                 f"leave_one_out needs 2 replicates, {self.design} makes 1 of {self.views} views: "
                 "raise views, and take a design whose views are replicates, such as count"
+            )
+
+    def _check_path_score(self) -> None:
+        """The law of a rollout's steps needs these steps, and no cache between them."""
+        named = f"path_score={self.path_score!r}"
+        if not on_path(self.design) or self.cache != "none":
+            raise ValueError(
+                f"{named} is the law of a rollout's own steps: it needs a design on the path (not "
+                f"{self.design}), and rollouts without a cache (cache='none')"
+            )
+        if self.design.startswith("path_merged"):
+            raise ValueError(f"{named} is the law of single steps, and path_merged joins some")
+        if self.path_score == "agreement" and (self.method.old or self.old_views):
+            raise ValueError(
+                f"{named} gives one log-ratio per completion: it needs old_views=0 and a method "
+                f"that looks at no token's ratio, and {self.objective} does or old_views is set"
             )
 
     def _path_design(self) -> Callable[..., Masks]:

@@ -14,7 +14,7 @@ from rspo_lab.design_choice import CountProfile, recommend_design
 from rspo_lab.estimators import Denoiser, token_logps
 from rspo_lab.masks.base import Masks
 from rspo_lab.masks.designs import design, on_path, path_design
-from rspo_lab.path_score import StepLogp
+from rspo_lab.path_score import StepAgreement, StepLogp, forced_path
 from rspo_lab.random_streams import generator
 from rspo_lab.rollouts import Rollouts, sampler_of
 
@@ -52,15 +52,53 @@ def one_level_views(
         return token_logps(denoiser, rollouts.distinct, masks, slice_size=config.slice_size)
 
     method = config.method
+    agreement = config.path_score == "agreement"
     drawn = []
     for inner in range(config.inner_steps):
         masks = draw_masks(config, rollouts, profile, config.views, (*key, inner, "masks"))
-        fixed = scored(reference, masks) if method.reference else None
+        fixed = scored(reference, masks) if method.reference and not agreement else None
         old = scored(policy, masks) if method.old and inner else None
         models = sum(token_logp is not None for token_logp in (fixed, old))
         first = method.old and inner == 0
         drawn.append(Views(masks, fixed, old, first, forwards=models * masks.forward_passes))
+    if agreement and method.reference:
+        return _with_own_paths(config, policy, reference, rollouts, drawn)
     return drawn
+
+
+def _with_own_paths(
+    config: TrainConfig,
+    policy: Denoiser,
+    reference: Denoiser,
+    rollouts: Rollouts,
+    drawn: list[Views],
+) -> list[Views]:
+    """The views with d of the agreement: each model's along the path that it takes to y itself.
+
+    At the rollout's policy d is the agreement along the rollout less the reference's along its
+    forced path; an update moves it by what the agreement on its own views has changed.
+    """
+    distinct = rollouts.distinct
+    assert distinct.step is not None
+    length = distinct.completion.shape[1]
+    every = draw_masks(replace(config, design="path", views=1), rollouts, None, 1, (config.seed,))
+    step, base = forced_path(reference, distinct, distinct.step >= 0, sampler_of(config, length))
+    with torch.no_grad():
+        denoiser = scorer(config, policy, length)
+        whole = token_logps(denoiser, distinct, every, slice_size=config.slice_size)
+        ratio = every.elbo(whole)[0] - base.to(whole)
+        olds = [
+            None
+            if inner == 0
+            else token_logps(denoiser, distinct, one.masks, slice_size=config.slice_size)
+            for inner, one in enumerate(drawn)
+        ]
+    forced = (step.amax(1) + 1).double().mean().item()  # a forward per step that it takes
+    spent = (every.forward_passes + forced) / len(drawn)
+    return [
+        Views(one.masks, None, old, inner == 0, ratio, one.forwards + spent)
+        for inner, (one, old) in enumerate(zip(drawn, olds))
+    ]
 
 
 def scorer(config: TrainConfig, model: Denoiser, length: int) -> Denoiser:
@@ -70,7 +108,8 @@ def scorer(config: TrainConfig, model: Denoiser, length: int) -> Denoiser:
     """
     if config.path_score == "tokens":
         return model
-    return StepLogp(model, sampler_of(config, length))
+    law = {"choice": StepLogp, "agreement": StepAgreement}[config.path_score]
+    return law(model, sampler_of(config, length))
 
 
 def draw_masks(

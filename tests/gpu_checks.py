@@ -7,7 +7,8 @@ It needs torch, transformers, peft, pandas, matplotlib, pyarrow and jaxtyping, a
 network.  Every row is printed and written to DIR/gpu_checks.parquet as soon as it is there, so
 that a kill loses none.  A section that fails leaves the others alone; one for which no time is left
 is skipped, and says so.  `--table` prints what was written as Markdown.  Without a GPU the shapes
-are tiny: a rehearsal, whose numbers mean nothing.  Exit code 1 if a check did not hold.
+are tiny: a rehearsal, whose numbers mean nothing.  Exit code 1 if a check did not hold.  Run it
+alone: its references are computed on the CPU, which came to a stand beside 13 busy processes.
 
 Shapes: B sequences of P + L tokens, V vocabulary.  Log-probabilities in nats, GiB of 2^30 bytes.
 """
@@ -76,6 +77,7 @@ COLUMNS = {  # of the table, with their types
     "device": "string",
     "note": "string",
 }
+CPU_THREADS = 4  # of the references: threads without a core wait for each other
 CARD_GIB = 80e9 / 2**30  # of a card of 80 GB
 
 
@@ -1170,6 +1172,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, help="print the table of this folder, and end")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
+    torch.set_num_threads(min(torch.get_num_threads(), CPU_THREADS))
     if args.table:
         print(markdown(args.table))
         return 0

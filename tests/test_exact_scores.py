@@ -17,11 +17,16 @@ PLUGIN = Path(__file__).parent.parent / "notebooks/studies/exact_scores.py"
 
 @pytest.fixture
 def exact(small):
-    """(denoiser, batch, masks of all subsets)."""
+    """(denoiser, batch, masks of all subsets); the tables are as before after the test."""
+    before = {table: dict(entries) for table, entries in plugins.TABLES.items()}
     plugins.load_plugins(PLUGIN)
     policy, batch = small.policy, small.batch
     drawn = masks.DESIGNS["all_subsets"](batch.valid, 1, generator=torch.Generator())
-    return policy, batch, drawn
+    yield policy, batch, drawn
+    plugins._LOADED.clear()
+    for table, entries in plugins.TABLES.items():
+        entries.clear()
+        entries.update(before[table])
 
 
 def test_all_subsets_give_the_exact_elbo(exact):

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 
 from rspo_lab.config import TrainConfig
+from rspo_lab.figures import logratio_gap
 from rspo_lab.figures import objectives as objectives_figures
 from rspo_lab.figures.base_model import decoding_figure
 from rspo_lab.figures.comparison import cost_figure, learning_figure, variant_styles
@@ -226,3 +228,15 @@ def test_a_matplotlibrc_changes_nothing(tmp_path):
         own = (tmp_path / f"own.{kind}").read_bytes()
         assert own == (tmp_path / f"plain.{kind}").read_bytes()
     assert b"/Type /Font" in own and b"/Type3" not in own
+
+
+def test_scatter_of_log_ratios_takes_columns_in_any_order():
+    """pandas hands out columns that stand in the other order with a negative stride, which torch
+    refuses.
+    """
+    names = ["reward", "agreement_log_ratio", "sampler_log_ratio"]
+    names += ["random_order_log_ratio", "d_exact", "d"]
+    values = np.random.default_rng(0).random((8, len(names)))
+    frame = pd.DataFrame(values, columns=names).assign(step=5)
+    for samples in (frame, frame[names[::-1] + ["step"]]):
+        assert len(logratio_gap.exact_figure(samples).axes) >= 4

@@ -153,7 +153,7 @@ def test_runs_of_the_command_line_are_compared(tmp_path, capsys, monkeypatch):
         ("tuned", 100, "-p lr 1e-3"),
         ("late", 0, "-p lr 1e-4"),
         ("one", 0, "-p lr 1e-3"),
-        ("other", 0, "-p lr 1e-3 -p max_grad_norm 9"),
+        ("other", 0, "-p lr 1e-3 -p max_grad_norm 9 -p views 4"),
     ):
         words = f"train --run {tmp_path}/runs/{name}/x -p model base-countdown -p task countdown"
         words += f" {small} -p device cpu -p seed {seed} {more}"
@@ -162,7 +162,7 @@ def test_runs_of_the_command_line_are_compared(tmp_path, capsys, monkeypatch):
     file = tmp_path / "all.parquet"
     assert main(["compare", str(tmp_path / "runs"), "--out", str(file)]) == 0
     said = capsys.readouterr().out
-    assert "countdown, from base-countdown" in said and "rspo, max_grad_norm = 9.0" in said
+    assert "countdown, from base-countdown" in said and "rspo, K = 4, max_grad_norm = 9" in said
     frame = pd.read_parquet(file)
     assert sorted(frame["method"].unique()) == ["base", "rspo"] and len(frame) == 1 + 1 + 3 * 2
     assert "2 saved policies of runs at other than the chosen rates" in said

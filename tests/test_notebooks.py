@@ -183,7 +183,14 @@ def test_objectives(runs, trained, tmp_path):
     config = TrainConfig(**TRAIN, **tiny)
     rows = base_outcome(config).assign(task="sudoku", model="base-sudoku", method="base")
     run_rows = rows.assign(method="rspo", seed=0, lr=1e-3, final=True, design="count", step=2)
-    costs = {"completions": 100.0, "scored": 4.0, "decoded": 6.0, "seconds": 1.0, "updates": 1.0}
+    costs = {
+        "completions": 100.0,
+        "scored": 4.0,
+        "decoded": 6.0,
+        "seconds": 1.0,
+        "updates": 1,
+        "tuned_on": 0.5,
+    }
     frame = pd.concat([rows, run_rows.assign(**costs)], ignore_index=True)
     frame.assign(tuning=False, diverged=False, variant="").to_parquet(file)
     given = {"objectives": ["rspo", "reinforce_path"], "prompts": 2, "group": 4, "redraws": 2}

@@ -126,7 +126,7 @@ def test_the_record_has_the_gap_in_the_runs_scope_and_unit(scope, unit):
     with torch.no_grad():
         seen = evidence(rollouts, views, token_logps(policy, rollouts.distinct, views.masks))
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
-    record, d = update(chosen, policy, optimizer, rollouts, views, 1)
+    record, _, d = update(chosen, policy, optimizer, rollouts, views, 1)
     wanted = log_ratio(seen, unit)
     assert torch.allclose(d, wanted.mean(0), atol=1e-5)
     summary = gap_summary(wanted, seen.advantage, 0.5, scope, seen.group)
@@ -139,7 +139,7 @@ def test_a_step_is_no_longer_than_the_configs_norm(most):
     chosen, policy, rollouts, views = moved_update(max_grad_norm=most)
     before = torch.cat([p.detach().clone().flatten() for p in policy.parameters()])
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    record, _ = update(chosen, policy, optimizer, rollouts, views, 1)
+    record, _, _ = update(chosen, policy, optimizer, rollouts, views, 1)
     after = torch.cat([p.detach().flatten() for p in policy.parameters()])
     length = (after - before).norm().item() / learning_rate(chosen, 1)
     assert length == pytest.approx(min(most, record["gradient_norm"]), rel=0.05)
@@ -324,11 +324,11 @@ def test_the_record_reads_d_as_the_method_does(monkeypatch):
         with torch.no_grad():
             seen = evidence(rollouts, views, token_logps(policy, rollouts.distinct, views.masks))
         optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
-        record, d = update(chosen, policy, optimizer, rollouts, views, 1)
+        _, said, d = update(chosen, policy, optimizer, rollouts, views, 1)
         read = log_ratio(seen) if "objective" in way else score(seen)
         assert torch.allclose(d, read.mean(0), atol=1e-4)
         weight = relative_score(read, seen.advantage, lam=0.5).weight.mean(0)
-        assert record["weight_rms"] == pytest.approx(weight.square().mean().sqrt().item(), rel=1e-4)
+        assert said["weight_rms"] == pytest.approx(weight.square().mean().sqrt().item(), rel=1e-4)
 
 
 def test_old_is_there_for_those_who_ask_only():

@@ -177,7 +177,8 @@ def test_comparison_table_by_hand(tmp_path):
 
 def test_calibration_by_hand(tmp_path):
     """Five steps: windows of two.  Of the first two gap / target is 1 and 0.5, of the last two 0.2
-    and 0.4; three of the five gradients are longer than the limit.
+    and 0.4; three of the five gradients are longer than the limit.  A step whose groups are all
+    silent has no target, so no share of it.
     """
     path = written(tmp_path / "a", {"max_grad_norm": 2.0}, 0.5)
     columns = {
@@ -206,6 +207,10 @@ def test_calibration_by_hand(tmp_path):
             "clipped": 0.6,
         }
     )
+    silent = {"step": 6, "gap_rms": 1.0, "target_rms": 0.0, "gradient_norm": 1.0}
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(silent) + "\n")
+    assert comparison.calibration(path)["gap / target, last"] == pytest.approx(0.3)
     plain = written(tmp_path / "b", {"seed": 1}, 0.5, 0.6)  # a method that logs none of it
     both, alone = comparison.calibration_table({"x": [path, path], "y": [plain]}).to_dict("records")
     assert both["gap / target, last"] == "0.300 [0.300, 0.300]" and both["seeds"] == "2"
@@ -323,7 +328,8 @@ def test_committed_studies_are_valid_and_say_what_they_cost(file, scale, tmp_pat
         assert found.cost(1, found.points)[0] > 0
     for point in found.points:
         if point.notebook.name == "02_train.ipynb":
-            TrainConfig(**complete(declared(point.notebook), point.given))
+            made = {"model": "base-sudoku"} if point.needs else {}  # by a run above it
+            TrainConfig(**complete(declared(point.notebook), point.given) | made)
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):

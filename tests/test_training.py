@@ -246,6 +246,8 @@ def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(base, tmp_p
             objective="reinforce_path", views=0, path_score="choice", decode_steps=8, threshold=0.5
         ),
         dict(objective="rspo_path", views=2, design="path_systematic", path_score="choice"),
+        dict(objective="rspo_path", views=0, path_score="agreement", inner_steps=2),
+        dict(objective="reinforce_path", views=2, design="path_uniform", path_score="agreement"),
         dict(objective="rspo_path", views=0, threshold=0.3, inner_steps=2),
         dict(design="path_surprising", views=2, block=4),
     ],
@@ -403,6 +405,7 @@ def test_a_local_file_is_trained_on_without_the_held_out_problems(base, tmp_path
     [
         (dict(objective="ppo"), "objective must be one of rspo, .*, not 'ppo'"),
         (dict(path_score="choice"), "needs a design on the path"),
+        (dict(objective="tracerl", views=0, path_score="agreement"), "looks at no token's ratio"),
         (
             dict(objective="rspo_path", views=0, path_score="choice", cache="prefix"),
             "without a cache",

@@ -6,6 +6,7 @@ Frames in; a Figure or a piece of HTML out; no files, no widgets.  Nats, nats².
 from html import escape
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
@@ -102,7 +103,7 @@ def _draw_targets(axis: Axes, part: pd.DataFrame, problem: int) -> None:
     """Target against estimate: on the line the update would stop."""
     _draw_points(axis, part, "d_hat", "target", problem)
     identity_line(axis)
-    r = correlation(*torch.tensor(part[["d_hat", "target"]].to_numpy()).T)
+    r = correlation(*torch.tensor(np.ascontiguousarray(part[["d_hat", "target"]])).T)
     axis.set_title("Target A/λ, nats" + ("" if r is None else f" (r = {r:.2f})"))
     elbo, sampler = part["d_exact"].mean(), part["sampler_log_ratio"].mean()
     note = f"mean exact ELBO ratio {elbo:.2f}\nsampler's log-ratio {sampler:.2f} nats"

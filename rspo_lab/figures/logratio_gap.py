@@ -83,7 +83,7 @@ def exact_figure(samples: pd.DataFrame) -> Figure:
                 part = samples[samples["step"] == step]
                 scatter_by_reward(axis, part, x, y)
                 identity_line(axis)
-                r = correlation(*torch.tensor(part[[x, y]].to_numpy()).T)
+                r = correlation(*torch.tensor(np.ascontiguousarray(part[[x, y]])).T)
                 axis.set(title=f"step {step}" + ("" if r is None else f": r = {r:.2f}"))
                 axis.set_xlabel(x_label)
                 axis.locator_params(nbins=4)

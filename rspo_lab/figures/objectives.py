@@ -41,19 +41,18 @@ def objectives_figure(rates: pd.DataFrame, frontier: pd.DataFrame) -> Figure:
     order = [label for label in order if label != "base"]
     height = 0.17 * len(order) + 0.7
     with new_figure(PAGE, height + 2.3) as figure:
-        grid = figure.add_gridspec(2, len(tasks), height_ratios=(height, 2.0))
-        for column, task in enumerate(tasks):
-            above = figure.add_subplot(grid[0, column])
+        grid = figure.add_gridspec(2, 1, height_ratios=(height, 2.0))
+        parts = [figure.add_subfigure(grid[row]) for row in range(2)]
+        rows = [part.subplots(1, len(tasks), squeeze=False)[0] for part in parts]
+        for task, above, below in zip(tasks, *rows):
             _draw_rates(above, rates[rates["task"] == task], order)
             above.set(title=task.capitalize(), xlabel="held-out solve rate, %")
-            if column:
-                above.tick_params(axis="y", labelleft=False)
-            below = figure.add_subplot(grid[1, column])
+            above.tick_params(axis="y", labelsize=6, labelleft=task == tasks[0])
             _draw_frontier(below, frontier[frontier["task"] == task])
-            below.set_xlabel("KL(policy, base) of the sampler, nats")
-            if not column:
-                below.set_ylabel("solve rate of samples, %")
-        _legend(figure, sorted(set(map(family, rates["design"].dropna()))))
+            below.set_xlabel("KL of the sampler from the base, nats")
+        rows[1][0].set_ylabel("solve rate of samples, %")
+        families = [name for name in FAMILIES if name in set(map(family, rates["design"].dropna()))]
+        _legend(figure, rows[0][0], families)
     return figure
 
 
@@ -88,19 +87,19 @@ def _draw_frontier(axis: Axes, frontier: pd.DataFrame) -> None:
             fontsize=4.5,
             va="center",
             color=color,
+            annotation_clip=False,
         )
     axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
     axis.margins(x=0.15)
 
 
-def _legend(figure: Figure, families: list[str]) -> None:
+def _legend(figure: Figure, axis: Axes, families: list[str]) -> None:
     """The families that occur, and what filled and hollow mean."""
-    axis = figure.axes[0]
     handles = []
     for name in families:
         color, marker = FAMILIES[name]
-        handles += axis.plot([], [], marker, color=color, label=f"score: {name}")
-    handles += axis.plot([], [], "o", color=INK, label="greedy (whisker: 95 % of the gain)")
+        handles += axis.plot([], [], marker, color=color, label=name)
+    handles += axis.plot([], [], "o", color=INK, label="greedy; 95 % of its gain")
     handles += axis.plot([], [], "o", color=INK, markerfacecolor="white", label="samples, T = 1")
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
 

@@ -189,7 +189,8 @@ def calibration(path: Path) -> dict[str, float]:
     """
     steps = [record for record in read_jsonl(path / "metrics.jsonl") if record["step"] > 0]
     frame = pd.DataFrame(steps).reindex(columns=list(CALIBRATED)).astype(float)
-    frame["gap / target"] = frame["gap_rms"] / frame["target_rms"]
+    target = frame["target_rms"].where(frame["target_rms"] > 0)  # 0 where all groups are silent
+    frame["gap / target"] = frame["gap_rms"] / target
     window = max(1, min(WINDOW, len(frame) // 2))
     first = frame.iloc[:window].mean()
     last = frame.iloc[-window:].mean()

@@ -122,7 +122,7 @@ def _run_row(path: Path, config: TrainConfig, usual: dict[str, Any]) -> dict[str
         "method": config.objective,
         "design": config.design,
         "updates": config.inner_steps,
-        "variant": ", ".join(f"{k} = {own[k]}" for k in other),
+        "variant": ", ".join(_said(k, own[k]) for k in other),
         "lr": config.lr,
         "seed": config.seed,
         "tuning": config.seed >= TUNING_SEEDS,
@@ -133,6 +133,14 @@ def _run_row(path: Path, config: TrainConfig, usual: dict[str, Any]) -> dict[str
         "seconds": timing[["rollout_s", "update_s"]].sum().sum(),
         **_source(path),
     }
+
+
+def _said(name: str, value: Any) -> str:
+    """A field of a variant in few words: a design by its name, K for views."""
+    if name == "design":
+        return str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{'K' if name == 'views' else name} = {text}"
 
 
 def _source(path: Path) -> dict[str, Any]:
@@ -343,7 +351,9 @@ def _labelled(frame: pd.DataFrame, *, final: bool) -> list[tuple[tuple[str, str]
     rows = reported(frame)
     if final:
         rows = rows[rows["final"].astype(bool) | (rows["method"] == BASE)]
-    variant = rows["variant"].where(rows["variant"] == "", ", " + rows["variant"])
+    several = rows.groupby("method")["variant"].transform("nunique") > 1
+    named = several & (rows["variant"] != "")
+    variant = (", " + rows["variant"]).where(named, "")
     rows = rows.assign(label=rows["method"] + variant)
     return list(rows.groupby(["task", "label"], sort=False))  # pyright: ignore[reportReturnType]
 
