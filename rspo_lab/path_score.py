@@ -91,81 +91,28 @@ def agreement_log_ratio(
     """An estimate of the sampler's log-ratio of policy to reference, each on a path of its own.
 
     The agreement along the rollout's path under the policy that made it, less that along the
-    reference's forced path.  Not unbiased, and not 0 where both models are the same.  batch: the
-    policy's rollouts, which carry their steps.
+    reference's forced path.  Not unbiased.  batch: the policy's rollouts, which carry their steps.
     """
-    if batch.step is None:
+    if batch.step is None or batch.surprisal is None:
         raise ValueError("agreement needs rollouts that carry their steps")
-    alone = torch.zeros(len(batch), dtype=torch.float64)
-    own = path_likelihood(policy, batch, [batch.step], sampler, slice_size=slice_size)[0]
-    pathless, same = replace(
-        batch, step=None, surprisal=None, valid=batch.step >= 0
-    ).distinct()
+    written = batch.step >= 0
+    distinct, which = batch.distinct()
+    masks = path(
+        distinct.step.cpu() >= 0,
+        distinct.step.cpu(),
+        distinct.surprisal.cpu(),
+        1,
+        generator=torch.Generator(),
+    )
+    own = elbo_draws(
+        StepAgreement(policy, sampler),
+        distinct,
+        replace(masks, scored=None),
+        slice_size=slice_size,
+    )
+    pathless, same = replace(batch, step=None, surprisal=None, valid=written).distinct()
     _, forced = forced_path(reference, pathless, pathless.valid, sampler, slice_size=slice_size)
-    return alone.to(own.device) + own - forced[same]
-
-
-@torch.no_grad()
-def pooled_log_ratio(
-    policy: Any, reference: Any, batch: Batch, sampler: Sampler, *, slice_size: int = 2048
-) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]:
-    """(an estimate of the sampler's log-ratio, forwards of the policy, of the reference).
-
-    `path_likelihood` of either model from the states of the rollout's path and of its own forced
-    path: 0 where both models are the same.  batch: the policy's rollouts, which carry their steps.
-    """
-    if batch.step is None:
-        raise ValueError("agreement needs rollouts that carry their steps")
-    pathless, same = replace(
-        batch, step=None, surprisal=None, valid=batch.step >= 0
-    ).distinct()
-    values = []
-    for model in (policy, reference):
-        step, _ = forced_path(model, pathless, pathless.valid, sampler, slice_size=slice_size)
-        paths = [batch.step, step[same]]
-        values.append(path_likelihood(model, batch, paths, sampler, slice_size=slice_size))
-    (ours, cost), (base, base_cost) = values
-    return ours - base, cost, base_cost
-
-
-def path_likelihood(
-    model: Any,
-    batch: Batch,
-    paths: Sequence[Int[Tensor, "B L"]],
-    sampler: Sampler,
-    *,
-    slice_size: int = 2048,
-) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-    """(log of an estimate of Pr[the sampler writes y], distinct states) from states of some paths.
-
-    By the recursion of `oracle.sampler_logp` over the states visited: V(S) = agreement(S) * mean of
-    V(S without K) over the sets K that lead to another one of them, weighted by their probability.
-    States that were not visited so have the value of the visited ones beside them.  Of one path it
-    is the path's agreement; of all states it is exact.  A gradient flows.
-
-    paths: for each the step that wrote every token, -1 where it stood there before.  Equal rows
-    should be given once.  Raises ValueError for a schedule that keeps more tokens at a block's
-    first steps than at its later ones, where a state's law would depend on its step.
-    """
-    hidden = _states(paths)
-    rows, count, length = hidden.shape
-    place = torch.arange(length, device=hidden.device) // sampler.block
-    quota = _only_quota(sampler, paths[0] >= 0)
-    block = torch.where(hidden, place, length).amin(-1)  # a state's first block with hidden tokens
-    value = [torch.zeros(rows, dtype=torch.float64, device=hidden.device)]  # of nothing hidden
-    laws = _laws(model, batch, hidden, block, place, quota, sampler, slice_size)
-    for m in range(count):  # from the fewest hidden tokens to the most
-        law, least = laws[m]
-        before = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :m]], 1)
-        kept = hidden[:, m : m + 1] & ~before
-        leads = (before <= hidden[:, m : m + 1]).all(-1) & kept.any(-1)
-        leads &= (kept <= law.hidden[:, None]).all(-1)
-        logp = law.kept(kept & law.hidden[:, None], least).sum(-1).masked_fill(~leads, -torch.inf)
-        mean = logsumexp(logp + torch.stack(value, 1)) - logsumexp(logp)
-        value.append(law.agreement(least) + mean)
-    visited = hidden.any(-1).sum(1)
-    last = torch.stack(value, 1).gather(1, hidden.any(-1).cumsum(1).argmax(1)[:, None] + 1)[:, 0]
-    return last.where(visited > 0, 0.0), visited.double()
+    return own.mean(0)[which].double() - forced[same]
 
 
 def path_law(
