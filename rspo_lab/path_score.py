@@ -7,12 +7,12 @@ paths to it.  `StepLogp` scores the path.  `StepAgreement` scores y at the state
 of them Pr[all that the step keeps are tokens of y], whichever they are, which is close to the
 likelihood of y where the model's own path to y is taken (`StepLaw.agreement`).  A path of another
 model will not do: where a policy that has become sure writes six tokens at once, its states say
-little of how a reference writes them one after the other.  So a log-ratio of two models takes for
-each the path of its own: the rollout's for the policy that made it, and for the reference the one
-that it would take if its draws were y's tokens (`forced_path`).
+little of how a reference writes them one after the other.  So a log-ratio of two models needs the
+path of each: the rollout's for the policy that made it, and for the reference the one that it would
+take if its draws were y's tokens (`forced_path`).  `pooled_log_ratio` takes both for both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rspo_lab.batch import Batch
-from rspo_lab.estimators import elbo_draws
-from rspo_lab.masks.path import path
-from rspo_lab.sampler_law import Sampler, StepLaw, step_law
+from rspo_lab.sampler_law import Sampler, StepLaw, logsumexp, step_law
 
 
 class StepLogp(nn.Module):
@@ -85,34 +83,130 @@ class StepAgreement(nn.Module):
 
 
 @torch.no_grad()
-def agreement_log_ratio(
+def pooled_log_ratio(
     policy: Any, reference: Any, batch: Batch, sampler: Sampler, *, slice_size: int = 2048
-) -> Float[Tensor, " B"]:
-    """An estimate of the sampler's log-ratio of policy to reference, each on a path of its own.
+) -> tuple[Float[Tensor, " B"], float, float]:
+    """(an estimate of the sampler's log-ratio, forwards per row of the policy, of the reference).
 
-    The agreement along the rollout's path under the policy that made it, less that along the
-    reference's forced path.  Not unbiased.  batch: the policy's rollouts, which carry their steps.
+    `path_likelihood` of either model from the states of the rollout's path and of its own forced
+    path: 0 where both models are the same.  batch: the policy's rollouts, which carry their steps.
     """
-    if batch.step is None or batch.surprisal is None:
-        raise ValueError("agreement needs rollouts that carry their steps")
-    written = batch.step >= 0
     distinct, which = batch.distinct()
-    masks = path(
-        distinct.step.cpu() >= 0,
-        distinct.step.cpu(),
-        distinct.surprisal.cpu(),
-        1,
-        generator=torch.Generator(),
-    )
-    own = elbo_draws(
-        StepAgreement(policy, sampler),
-        distinct,
-        replace(masks, scored=None),
-        slice_size=slice_size,
-    )
-    pathless, same = replace(batch, step=None, surprisal=None, valid=written).distinct()
-    _, forced = forced_path(reference, pathless, pathless.valid, sampler, slice_size=slice_size)
-    return own.mean(0)[which].double() - forced[same]
+    pathless, same = _pathless(distinct)
+    values = []
+    for model in (policy, reference):
+        step, _ = forced_path(model, pathless, pathless.valid, sampler, slice_size=slice_size)
+        paths = [_steps(distinct), step[same]]
+        value, states = path_likelihood(model, distinct, paths, sampler, slice_size=slice_size)
+        values.append((value[which], states[which].double().mean().item()))
+    (ours, cost), (base, base_cost) = values
+    return ours - base, cost, base_cost
+
+
+def _steps(batch: Batch) -> Int[Tensor, "B L"]:
+    """The steps that a batch carries, or ValueError."""
+    if batch.step is None:
+        raise ValueError("agreement needs rollouts that carry their steps")
+    return batch.step
+
+
+def _pathless(batch: Batch) -> tuple[Batch, Int[Tensor, " B"]]:
+    """(the distinct completions however written, valid where written, which one each row is)."""
+    written = _steps(batch) >= 0
+    return replace(batch, step=None, surprisal=None, valid=written).distinct()
+
+
+def path_likelihood(
+    model: Any,
+    batch: Batch,
+    paths: Sequence[Int[Tensor, "B L"]],
+    sampler: Sampler,
+    *,
+    slice_size: int = 2048,
+) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
+    """(log of an estimate of Pr[the sampler writes y], distinct states) from states of some paths.
+
+    By the recursion of `oracle.sampler_logp` over the states visited: V(S) = agreement(S) * mean of
+    V(S without K) over the sets K that lead to another one of them, or to the end where a path goes
+    there, weighted by their probability (if the model could keep none of them, of the one to the
+    largest state).  So a state that was not visited has the value of the visited ones beside it.
+    Of one path it is the path's agreement, unless a step of the model could leap over a state of
+    it; of all paths it is exact.  A gradient flows.
+
+    paths: for each the step that wrote every token, -1 where it stood there before.  Equal rows
+    should be given once.  If a block's steps keep different numbers of tokens, the law of a state
+    depends on its step: it is taken at the one where the first path met it, and nothing is exact.
+    """
+    states, step = _visited(paths)
+    ends = _last_states(paths, states)
+    quota = sampler.quotas(paths[0] >= 0).T.gather(1, step)
+    rows = len(batch)
+    value = [torch.zeros(rows, dtype=torch.float64, device=states.device)]  # of nothing hidden
+    for m in range(states.shape[1]):
+        known = torch.stack(value, 1)
+        visited = states[:, m].any(-1)
+        new = [known[:0, 0]]
+        for row in visited.nonzero()[:, 0].split(slice_size):
+            where = (states[row, : m + 1], known[row], ends[row, m], quota[row, m])
+            new += [_state_value(model, batch.rows(row), *where, sampler)] if len(row) else []
+        value.append(torch.zeros_like(value[0]).masked_scatter(visited, torch.cat(new)))
+    return value[-1], states.any(-1).sum(1)
+
+
+def _visited(
+    paths: Sequence[Int[Tensor, "B L"]],
+) -> tuple[Bool[Tensor, "B M L"], Int[Tensor, "B M"]]:
+    """(the states of some paths by growing size, each once, empty ones first; the step there)."""
+    steps = [(path, n) for path in paths for n in range(int(path.max()) + 1)]
+    states = torch.stack([(path >= n) & (path == n).any(1, keepdim=True) for path, n in steps], 1)
+    number = torch.tensor([n for _, n in steps], device=states.device)
+    same = (states[:, :, None] == states[:, None]).all(-1)
+    again = same.tril(-1).any(-1)
+    states = states & ~again[..., None]
+    order = states.sum(-1).argsort(dim=1, stable=True)
+    return states.gather(1, order[..., None].expand(states.shape)), number[order]
+
+
+def _last_states(
+    paths: Sequence[Int[Tensor, "B L"]], states: Bool[Tensor, "B M L"]
+) -> Bool[Tensor, "B M"]:
+    """Which of the states are the last one of a path."""
+    last = torch.stack([(step == step.amax(1, keepdim=True)) & (step >= 0) for step in paths], 1)
+    return (last[:, :, None] == states[:, None]).all(-1).any(1)
+
+
+def _state_value(
+    model: Any,
+    batch: Batch,
+    states: Bool[Tensor, "n m L"],
+    known: Float[Tensor, "n m"],
+    ends: Bool[Tensor, " n"],
+    quota: Int[Tensor, " n"],
+    sampler: Sampler,
+) -> Float[Tensor, " n"]:
+    """The value of the last of each row's states.
+
+    known: of the end, and of the states before the last one.  ends: a path goes to the end from it.
+    """
+    here = states[:, -1]
+    length = here.shape[1]
+    place = torch.arange(length, device=here.device) // sampler.block
+    block = torch.where(here, place, length).amin(1, keepdim=True)
+    open_here = here & (place == block)
+    logp = model.conditionals(batch, here).double()
+    law = step_law(logp, batch.completion, open_here, sampler)
+    after = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
+    kept = here[:, None] & ~after
+    leads = (after <= here[:, None]).all(-1) & (kept <= open_here[:, None]).all(-1)
+    leads &= after.any(-1)
+    leads[:, 0] = ends
+    weight = law.kept(kept & open_here[:, None], quota).sum(-1)
+    possible = (leads & weight.isfinite()).any(1, keepdim=True)
+    index = torch.arange(leads.shape[1], device=here.device)
+    largest = index == torch.where(leads, index, 0).amax(1, keepdim=True)
+    weight = weight.masked_fill(~leads, -torch.inf)
+    weight = torch.where(possible, weight, largest.to(weight).log())
+    return law.agreement(quota) + logsumexp(weight + known) - logsumexp(weight)
 
 
 def path_law(

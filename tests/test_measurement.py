@@ -17,11 +17,10 @@ from rspo_lab.masks.designs import DESIGNS
 from rspo_lab.measure import gradient_noise, score_noise
 from rspo_lab.measure.gap import exact_values, gap_samples, through_training
 from rspo_lab.measure.gradient_noise import gradient_rows, method_config, rollout_noise, scheme
-from rspo_lab.measure.sampler_score import path_values
 from rspo_lab.measure.score_noise import score_rows, table_anova, table_estimates
 from rspo_lab.objectives import METHODS, Loss, Method, relative_score, score
 from rspo_lab.oracle import count_moments, exact_elbo, exact_scores, sampler_logp, subset_tables
-from rspo_lab.path_score import forced_path
+from rspo_lab.path_score import pooled_log_ratio
 from rspo_lab.policies import trained_run
 from rspo_lab.rollouts import Rollouts
 from rspo_lab.sampler_law import Sampler
@@ -431,9 +430,8 @@ def test_gap_samples_are_exact_where_they_say_so(small):
         for model in (small.policy, small.reference)
     )
     assert frame["sampler_log_ratio"].tolist() == pytest.approx((own - other).tolist())
-    along = path_values(small.policy, batch, sampler)[0]["agreement"]
-    forced = forced_path(small.reference, batch, written, sampler)[1]
-    assert frame["agreement_log_ratio"].tolist() == pytest.approx((along - forced).tolist())
+    pooled, _, _ = pooled_log_ratio(small.policy, small.reference, batch, sampler)
+    assert frame["agreement_log_ratio"].tolist() == pytest.approx(pooled.tolist())
     base, base_logp = exact_scores(small.reference, small.batch)
     assert frame["d_exact"].tolist() == pytest.approx((elbo - base).tolist())
     assert frame["random_order_log_ratio"].tolist() == pytest.approx((logp - base_logp).tolist())

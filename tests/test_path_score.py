@@ -15,7 +15,14 @@ from rspo_lab.estimators import token_logps
 from rspo_lab.masks.path import path
 from rspo_lab.models.loading import tiny
 from rspo_lab.oracle import sampler_logp
-from rspo_lab.path_score import StepAgreement, StepLogp, forced_path, path_law
+from rspo_lab.path_score import (
+    StepAgreement,
+    StepLogp,
+    forced_path,
+    path_law,
+    path_likelihood,
+    pooled_log_ratio,
+)
 from rspo_lab.sampler import generate
 from rspo_lab.sampler_law import Sampler
 
@@ -208,3 +215,95 @@ def test_the_gradient_of_agreement_is_its_slope():
             down = value()
             parameter += 1e-6
         assert flat[place].item() == pytest.approx((up - down).item() / 2e-6, abs=1e-7)
+
+
+EVEN = [*SAMPLERS, Sampler(1.0, 0.6, 2, 2), Sampler(0.8, 1.0, 2, 4)]
+
+
+@pytest.mark.parametrize("sampler", EVEN)
+def test_pooled_paths(sampler):
+    """Of one path its agreement where no step can leap; of all paths the exact likelihood; between
+    them each visited state counts once.
+    """
+    model = table_denoiser(LENGTH, IDS, 3)
+    batch = completions([[0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]])
+    every = [torch.tensor(way).expand(3, -1) for way in ways(sampler)]
+    for way in every[:: 1 + len(every) // 6]:
+        value, states = path_likelihood(model, batch, [way], sampler, slice_size=2)
+        on_path = replace(batch, step=way, surprisal=torch.ones(way.shape))
+        if sampler.threshold == 1:
+            torch.testing.assert_close(value, score(StepAgreement(model, sampler), on_path))
+        assert (states == len(way[0].unique())).all()
+    exact = sampler_logp(model.conditionals, batch, batch.valid, sampler)
+    value, states = path_likelihood(model, batch, every, sampler)
+    torch.testing.assert_close(value, exact)
+    twice, again = path_likelihood(model, batch, [every[0], every[-1], every[0]], sampler)
+    once, fewer = path_likelihood(model, batch, [every[0], every[-1]], sampler)
+    assert twice.equal(once) and again.equal(fewer) and (fewer <= states).all()
+
+
+def test_pooled_paths_by_hand():
+    """Two positions, one token per step, two paths: agreement of the start times the values of the
+    two states, weighted by their probabilities.
+    """
+    sampler = Sampler(1.0, 1.0, 2, 2)
+    model = table_denoiser(2, IDS, 5)
+    batch = completions([[0, 1]])
+    paths = [torch.tensor([[0, 1]]), torch.tensor([[1, 0]])]
+    law, _, quota = path_law(model, sampler, replace(batch, step=paths[0]), batch.valid)
+    first = law.kept(torch.eye(2, dtype=torch.bool)[None], quota).sum(-1).exp()[0]
+    hidden = torch.tensor([[False, True], [True, False]])
+    later = model(batch.rows([0, 0]), hidden).sum(1).exp()
+    value, states = path_likelihood(model, batch, paths, sampler)
+    assert states.item() == 3
+    assert value.exp().item() == pytest.approx((first * later).sum().item(), rel=1e-12)
+
+
+def test_pooled_gradient_is_its_slope():
+    model = table_denoiser(LENGTH, IDS, 3)
+    batch = completions([[0, 1, 1, 0], [1, 1, 0, 0]])
+    paths = [torch.tensor(way).expand(2, -1) for way in ways(SAMPLERS[1])[3:60:20]]
+
+    def value():
+        return path_likelihood(model, batch, paths, SAMPLERS[1])[0].sum()
+
+    value().backward()
+    flat = model.logits.grad.flatten()
+    assert flat.isfinite().all()
+    for place in flat.abs().argsort(descending=True)[:20:4].tolist():
+        with torch.no_grad():
+            parameter = model.logits.view(-1)[place]
+            parameter += 1e-6
+            up = value()
+            parameter -= 2e-6
+            down = value()
+            parameter += 1e-6
+        assert flat[place].item() == pytest.approx((up - down).item() / 2e-6, abs=1e-7)
+
+
+def test_a_state_of_an_uneven_schedule_is_taken_at_its_step():
+    """Quotas 2, 1, 1: of one path the agreements at its own steps' quotas."""
+    sampler = Sampler(1.0, 1.0, 4, 3)
+    model = table_denoiser(LENGTH, IDS, 3)
+    batch = completions([[0, 1, 1, 0]])
+    step = torch.tensor([[0, 2, 0, 1]])
+    value, _ = path_likelihood(model, batch, [step], sampler)
+    on_path = replace(batch, step=step, surprisal=torch.ones(step.shape))
+    torch.testing.assert_close(value, score(StepAgreement(model, sampler), on_path))
+
+
+def test_pooled_log_ratio():
+    """Either model on the rollout's path and its own, equal rows alike; none to itself."""
+    sampler = SAMPLERS[1]
+    policy, reference = table_denoiser(LENGTH, IDS, 3), table_denoiser(LENGTH, IDS, 4)
+    batch = all_paths(sampler).rows([0, 5, 40, 5])
+    step, _ = forced_path(reference, batch, batch.valid, sampler)
+    value, cost, base_cost = pooled_log_ratio(policy, reference, batch, sampler)
+    own, _ = forced_path(policy, batch, batch.valid, sampler)
+    ours, states = path_likelihood(policy, batch, [batch.step, own], sampler)
+    base, base_states = path_likelihood(reference, batch, [batch.step, step], sampler)
+    torch.testing.assert_close(value, ours - base)
+    assert cost == states.double().mean() and base_cost == base_states.double().mean()
+    assert (pooled_log_ratio(policy, policy, batch, sampler)[0] == 0).all()
+    with pytest.raises(ValueError, match="carry their steps"):
+        pooled_log_ratio(policy, reference, replace(batch, step=None), sampler)

@@ -105,7 +105,7 @@ def test_scores_of_a_policy(trained):
     how = {"prompts": 2, "group": 2, "views": 2, "seed": 3}
     frame = score_samples(trained, 2, **how)
     table = score_table(frame, seed=0, resamples=10)
-    assert len(table) == 12 and (table["n"] == 4).all()
+    assert len(table) == 13 and (table["n"] == 4).all()
     assert frame["value"].notna().all() and frame["sampler"].std() > 0
     at_base = score_samples(trained, 0, **how)
     assert (at_base["sampler"] == 0).all()

@@ -25,7 +25,7 @@ from rspo_lab.estimators import log_ratio_draws
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.objectives import RelativeScore, in_unit, relative_score
 from rspo_lab.oracle import MOST_SAMPLED, exact_likelihoods, exact_scores
-from rspo_lab.path_score import agreement_log_ratio
+from rspo_lab.path_score import pooled_log_ratio
 from rspo_lab.policies import TrainedRun
 from rspo_lab.random_streams import generator
 from rspo_lab.rollouts import Rollouts, fixed_rollouts, sampler_of
@@ -65,7 +65,7 @@ def gap_samples(
     d: estimated ELBO ratio, on `views` masks; d_exact: exact ELBO_policy - ELBO_reference;
     random_order_log_ratio: exact log p_policy - log p_reference of random-order decoding;
     sampler_log_ratio: the same of `sampler`, NaN for all if it writes more than MOST_SAMPLED tokens
-    of a block; agreement_log_ratio: its estimate `path_score.agreement_log_ratio`; elbo_gap,
+    of a block; agreement_log_ratio: its estimate `path_score.pooled_log_ratio`; elbo_gap,
     elbo_gap_reference: log p - ELBO of either model, random order.
 
     policy, reference: denoisers that have `conditionals`.  batch: the sampler's rollouts, which
@@ -74,7 +74,7 @@ def gap_samples(
     if batch.step is None:
         raise ValueError("the sampler's log-ratio needs rollouts that carry their steps")
     written = batch.step >= 0
-    agreement = agreement_log_ratio(policy, reference, batch, sampler)
+    agreement, _, _ = pooled_log_ratio(policy, reference, batch, sampler)
     batch = replace(batch, step=None, surprisal=None)  # equal completions, whatever their paths
     distinct, which = batch.distinct()  # scored once, as in training
     masks = design_named(design)(distinct.valid.cpu(), views, generator=generator(seed, "gap"))

@@ -24,7 +24,7 @@ from rspo_lab.masks.base import Masks
 from rspo_lab.masks.designs import design as design_named
 from rspo_lab.masks.path import path
 from rspo_lab.oracle import exact_likelihoods
-from rspo_lab.path_score import forced_path, path_law
+from rspo_lab.path_score import forced_path, path_law, pooled_log_ratio
 from rspo_lab.policies import TrainedRun
 from rspo_lab.random_streams import generator
 from rspo_lab.rollouts import Rollouts, fixed_rollouts, sampler_of
@@ -52,6 +52,7 @@ def score_samples(
     reference_forwards (per completion, of either model).  Equal completions are rows of their own.
     ELBO and random order: on `views` count masks, or exactly.  Along a path: "tokens", the
     log-probs of the tokens written; "choice", those with the law of the positions; "agreement".
+    "Both paths": `path_score.pooled_log_ratio`.
     The unbiased estimates are means of the products of agreements over paths drawn by each model's
     own steps, their logarithm.
 
@@ -169,6 +170,9 @@ def _path_scores(
     ours, our_steps = path_values(policy, both, sampler)
     difference = ours["agreement"] - base["agreement"]
     scores["agreement, forced paths for both"] = Scored(difference, our_steps, base_steps)
+    scores["agreement, both paths for both"] = Scored(
+        *pooled_log_ratio(policy, reference, batch, sampler)
+    )
     for paths in (1, 4):
         key = generator(seed, "score samples", "paths", paths)
         ours, our_steps = drawn_likelihood(policy, batch, sampler, paths, key)
