@@ -32,6 +32,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from rspo_lab.batch import Batch  # noqa: E402
+from rspo_lab.plugins import TABLES  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -75,6 +76,16 @@ def completions(rows: list[list[int]], valid: list[list[bool]] | None = None) ->
     valid = torch.ones_like(completion, dtype=torch.bool) if valid is None else torch.tensor(valid)
     prompt = torch.zeros(len(rows), 1, dtype=torch.long)
     return Batch(prompt, prompt == 0, completion, valid)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tables_of_plugins():
+    """What a file of tests loads from plugins is gone after it."""
+    before = {table: dict(entries) for table, entries in TABLES.items()}
+    yield
+    for table, entries in TABLES.items():
+        entries.clear()
+        entries.update(before[table])
 
 
 @pytest.fixture

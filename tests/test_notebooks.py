@@ -150,7 +150,7 @@ def test_variance(runs, trained):
         set(frame["policy"]) == {"step 2"}
         and value["auto + two-level + allocated", 2, "var_gradient"] > 0
     )
-    assert {p.stem for p in (path / "figures").iterdir()} == {"profile", "variance", "bias"}
+    assert {p.stem for p in (path / "figures").iterdir()} == {"profile", "path", "variance", "bias"}
     assert value["count", 2, "var_d_shared"] < value["count", 2, "var_d_independent"]
     error = frame.set_index(["design", "views", "quantity"])["stderr"]
     for design in ("count", "systematic", "coupled"):

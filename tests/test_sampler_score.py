@@ -118,13 +118,13 @@ def test_scores_of_a_policy(trained):
 @pytest.mark.slow
 def test_gradients_of_a_policy(trained):
     """The cosine of the sum over problems, by hand for the agreement."""
-    how = {"prompts": 3, "group": 6, "tokens": 6, "seed": 1}
+    how = {"prompts": 8, "group": 6, "tokens": 7, "seed": 1}
     table = gradient_table(trained, 2, **how, resamples=10).set_index("score")
     policy = trained.policy(2)
-    rollouts = fixed_rollouts(trained.config, policy, prompts=3, group=6, seed=1, paths=True)
+    rollouts = fixed_rollouts(trained.config, policy, prompts=8, group=6, seed=1, paths=True)
     batch = rollouts.batch
     written = batch.step >= 0
-    rows = (written.sum(1) <= 6) & (rollouts.advantage != 0)
+    rows = (written.sum(1) <= 7) & (rollouts.advantage != 0)
     assert 0 < rows.sum() < len(rows)
     batch, written, advantage = batch.rows(rows), written[rows], rollouts.advantage[rows]
     sampler = sampler_of(trained.config, 16)
@@ -139,5 +139,5 @@ def test_gradients_of_a_policy(trained):
     row = table.loc["agreement, the rollout's states"]
     assert row["cosine"] == pytest.approx(cosine, abs=1e-5)
     assert row["norm_ratio"] == pytest.approx((ours.norm() / exact.norm()).item(), rel=1e-5)
-    with pytest.raises(ValueError, match="no problem of at most 5 tokens"):
-        gradient_table(trained, 2, **how | {"tokens": 5})
+    nothing = gradient_table(trained, 2, **how | {"tokens": 5})
+    assert nothing.empty and list(nothing) == ["score", *table.columns]

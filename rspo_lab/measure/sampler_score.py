@@ -30,6 +30,9 @@ from rspo_lab.random_streams import generator
 from rspo_lab.rollouts import Rollouts, fixed_rollouts, sampler_of
 from rspo_lab.sampler_law import Sampler, StepLaw
 
+GRADIENT_COLUMNS = [
+    *("score", "cosine", "cosine_low", "cosine_high", "norm_ratio", "problems", "completions"),
+]
 ALONG = ("tokens", "choice", "agreement")  # scores along a path
 
 
@@ -74,7 +77,7 @@ def score_samples(
     every = (2.0 ** written.sum(1)).double().mean().item() - 1
     scores = {
         f"ELBO, {views} masks": Scored(
-            _few_masks(policy, reference, plain, views, seed), views, views
+            _few_masks(policy, reference, plain, views, seed), float(views), float(views)
         ),
         "ELBO, exact": Scored(elbo, every, every),
         "random order, exact": Scored(random_order, every, every),
@@ -279,7 +282,7 @@ def gradient_table(
     rewards differ.  cosine, cosine_low, cosine_high: with a 95 % percentile bootstrap over
     problems; norm_ratio: of the lengths.  All gradients are in memory at once.
 
-    ValueError where no problem is left.
+    No rows where no problem is left.
     """
     policy = run.policy(step)
     rollouts = fixed_rollouts(
@@ -294,7 +297,7 @@ def gradient_table(
         if informed and int(written[chosen].max()) <= tokens:
             by_problem.append(_gradients(policy, rollouts, chosen, sampler))
     if not by_problem:
-        raise ValueError(f"no problem of at most {tokens} tokens has rewards that differ")
+        return pd.DataFrame(columns=GRADIENT_COLUMNS)
     stacked = {name: torch.stack([g[name] for g in by_problem]) for name in by_problem[0]}
     exact = stacked.pop("exact")
     problems = len(exact)
