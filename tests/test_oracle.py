@@ -318,3 +318,41 @@ def test_all_likelihoods_from_one_pass(small, sampler, rows):
         assert torch.allclose(table, plain)
     expected = sampler_logp(small.policy.conditionals, batch, written, sampler)
     assert torch.allclose(ours, expected)
+
+
+def test_the_policy_gradient_of_the_sampler_is_the_slope_of_its_expected_reward(small):
+    """E[R grad log p] over all completions against finite differences of E[R]."""
+    sampler = Sampler(1.0, 0.5, 4, 4)
+    batch = completions([list(y) for y in itertools.product(range(3), repeat=4)])
+    reward = (batch.completion.sum(1) % 3 == 1).double()
+
+    def logp():
+        return sampler_logp(small.policy.conditionals, batch, batch.valid, sampler)
+
+    value = logp()
+    (value.detach().exp() * reward * value).sum().backward()
+    flat = small.policy.logits.grad.flatten()
+    for place in flat.abs().argsort(descending=True)[:12:4].tolist():
+        with torch.no_grad():
+            parameter = small.policy.logits.view(-1)[place]
+            parameter += 1e-6
+            up = (logp().exp() * reward).sum()
+            parameter -= 2e-6
+            down = (logp().exp() * reward).sum()
+            parameter += 1e-6
+        assert flat[place].item() == pytest.approx((up - down).item() / 2e-6, abs=1e-7)
+
+
+def test_the_likelihood_jumps_where_two_confidences_cross():
+    """Two positions that tie but for 1e-4: which of them is kept first changes the other's law."""
+    model = table_denoiser(2, 2, 0)
+    batch = completions([[0, 0]])
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            start = (2 * torch.tensor([1, 3])).sum()  # the context with both hidden
+            model.logits[start] = torch.tensor([[1.0 + 1e-4 * sign, 0.0], [1.0, 0.0]])
+            values.append(
+                sampler_logp(model.conditionals, batch, batch.valid, Sampler(1.0, 1.0, 2, 2))
+            )
+    assert (values[0] - values[1]).abs().item() > 0.05
