@@ -240,3 +240,35 @@ def test_scatter_of_log_ratios_takes_columns_in_any_order():
     frame = pd.DataFrame(values, columns=names).assign(step=5)
     for samples in (frame, frame[names[::-1] + ["step"]]):
         assert len(logratio_gap.exact_figure(samples).axes) >= 4
+
+
+def test_log_ratios_that_are_not_known_have_no_row_and_scores_keep_their_order():
+    frame = pd.DataFrame(
+        {
+            "step": 5,
+            "reward": [1.0, 0.0, 1.0],
+            "d": [0.0, 1.0, 2.0],
+            "d_exact": [0.0, 2.0, 1.0],
+            "random_order_log_ratio": [0.0, 1.0, 1.0],
+            "sampler_log_ratio": np.nan,
+            "agreement_log_ratio": [0.0, 1.0, 3.0],
+        }
+    )
+    assert len(logratio_gap.exact_figure(frame).axes) == 2
+    known = frame.assign(sampler_log_ratio=[0.0, 3.0, 1.0])
+    assert len(logratio_gap.exact_figure(known).axes) == 4
+    table = pd.DataFrame(
+        {
+            "score": ["first", "last"],
+            "r": [0.5, -0.2],
+            "r_low": [0.4, -0.3],
+            "r_high": [0.7, 0.1],
+            "forwards": [4.66, 639.0],
+            "reference_forwards": [6.41, 639.0],
+        }
+    )
+    (axis,) = logratio_gap.score_figure(table).axes
+    labels = [text.get_text() for text in axis.get_yticklabels()]
+    assert labels == ["first (4.66 + 6.41)", "last (639 + 639)"]
+    assert axis.get_yticks().tolist() == [1, 0]  # the first one on top
+    assert axis.lines[0].get_xdata().tolist() == [0.5, -0.2]

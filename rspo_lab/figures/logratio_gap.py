@@ -112,14 +112,11 @@ def gap_summary_figure(summary: pd.DataFrame) -> Figure:
         _draw_interval(elbo, summary, "r_estimate", POLICY, "o", "estimate d")
         _draw_interval(elbo, summary, "r_random_order", TARGET, "^", "random order")
         elbo.set(title="Correlation with the\nexact ELBO ratio", xlabel="step", ylim=(None, 1.05))
-        _draw_interval(sampler, summary, "r_elbo_sampler", POLICY, "o", "exact ELBO ratio")
+        _draw_interval(sampler, summary, "r_elbo_sampler", POLICY, "o", "ELBO ratio")
         _draw_interval(sampler, summary, "r_random_sampler", TARGET, "^", "random order")
         _draw_interval(sampler, summary, "r_agreement_sampler", AGREEMENT, "v", "agreement")
-        sampler.set(
-            title="Correlation with the\nsampler's exact log-ratio",
-            xlabel="step",
-            ylim=(None, 1.05),
-        )
+        title = "Correlation with the\nsampler's log-ratio"
+        sampler.set(title=title, xlabel="step", ylim=(None, 1.05))
         for axis in figure.axes:
             axis.legend().set_in_layout(False)
     return figure
@@ -127,7 +124,7 @@ def gap_summary_figure(summary: pd.DataFrame) -> Figure:
 
 def score_figure(table: pd.DataFrame) -> Figure:
     """`sampler_score.score_table` as a dot plot: each score's correlation with the sampler's exact
-    log-ratio against the policy's forwards per completion.
+    log-ratio, with the forwards of policy + reference per completion beside its name.
 
     Whiskers: 95 % bootstrap over problems.
     """
@@ -138,17 +135,12 @@ def score_figure(table: pd.DataFrame) -> Figure:
         high = (table["r_high"] - table["r"]).clip(lower=0)
         style = {"color": POLICY, "capsize": 1.5, "elinewidth": 0.6, "linestyle": "", "marker": "o"}
         axis.errorbar(table["r"], place, xerr=[low, high], **style)
-        cost = [
-            f"{name} ({ours:.1f} + {base:.1f})"
-            for name, ours, base in zip(
-                table["score"], table["forwards"], table["reference_forwards"]
-            )
-        ]
-        axis.set_yticks(place, cost)
+        cost = table[["score", "forwards", "reference_forwards"]].itertuples(index=False)
+        axis.set_yticks(place, [f"{name} ({ours:.3g} + {base:.3g})" for name, ours, base in cost])
         axis.axvline(0, color=REFERENCE, linewidth=0.8, linestyle=":")
         axis.set(
-            xlabel="correlation of its log-ratio with the sampler's exact log-ratio",
-            title="Score (forwards per completion, policy + reference)",
+            xlabel="correlation with the sampler's exact log-ratio",
+            title="log-ratios by score (forwards per completion)",
         )
     return figure
 
